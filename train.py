@@ -1,0 +1,285 @@
+"""Train a model. Read this first: main() builds everything in order, train_step() is the mathematics.
+
+python train.py --job.config_file train_configs/quickstart.toml --training.steps 100
+torchrun --nproc_per_node 8 train.py --job.config_file train_configs/primate_8B.toml
+"""
+
+import sys
+
+from torchtitan_bio import config_loader
+
+if __name__ == "__main__":
+    LOADED = config_loader.load_or_exit(sys.argv[1:])  # before torch is imported: --help and typos answer at once
+
+import gc
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from torchtitan_bio import attention, checkpoint, data, distributed, metrics, models, optimizer, parallelize, profiling
+from torchtitan_bio.config import Config, ConfigError
+from torchtitan_bio.data import loader
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main(loaded: config_loader.Loaded):
+    """One run, from its configuration to its last checkpoint and score."""
+    config, training = loaded.config, loaded.config.training
+    architecture, global_batch_size = check(config, int(os.environ.get("WORLD_SIZE", 1)))
+    world = distributed.start(
+        shard_degree=config.parallelism.data_parallel_shard_degree,
+        replicate_degree=config.parallelism.data_parallel_replicate_degree,
+        init_timeout_s=config.comm.init_timeout_seconds,
+    )
+    say = print_on_rank_0(world)
+    folder = Path(config_loader.run_folder(config))
+    with world.together("opening the run folder"):
+        open_run_folder(folder, config, world)
+    say(f"{config.job.description or folder.name}: {world.size} rank(s) on {metrics.device_name(world.device)}; run folder {folder}")
+    for warning in loaded.warnings:
+        say(f"warning: {warning}")
+
+    train_data, held_out = build_data(config, architecture, folder, world, say)
+    model = build_model(config, architecture, world, say)
+    adamw = optimizer.build(model, **asdict(config.optimizer))
+    checkpoints = checkpoint.Checkpointer(
+        folder / "checkpoint",
+        world=world,
+        keep_latest_k=config.checkpoint.keep_latest_k,
+        asynchronous=config.checkpoint.async_mode == "async",
+    )
+    identity = {"family": config.model.name, "flavor": config.model.flavor, "architecture": asdict(architecture)}
+    step = restore(config, checkpoints, model, adamw, identity, train_data, global_batch_size, world, say)
+    log = metrics.Metrics(
+        folder,
+        enabled=world.rank == 0,
+        resume_step=step,
+        steps=training.steps,
+        tokens_per_step=global_batch_size * training.seq_len,
+        log_freq=config.metrics.log_freq,
+        tensorboard=config.metrics.enable_tensorboard,
+        device=world.device,
+        hfu_factor=4 / 3 if config.activation_checkpoint.mode == "full" else 1.0,
+    )
+    score = HeldOut(model, held_out, world, config, log)
+    batches = loader.build(
+        train_data,
+        start_step=step,
+        num_steps=training.steps,
+        global_batch_size=global_batch_size,
+        local_batch_size=training.local_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=config.data.num_workers,
+    )
+    if step == 0:
+        score(step)
+    skipped_in_a_row = 0
+    gc.collect()
+    gc.disable()  # collected below, on all ranks at once: one rank that pauses stalls the others
+    with profiling.trace(folder / "profile", rank=world.rank, **asdict(config.profiling)) as profiler:
+        while step < training.steps:
+            log.start_step()
+            microbatches = next(batches)
+            log.data_ready()
+            factor = optimizer.lr_factor(step, steps=training.steps, **asdict(config.lr_scheduler))
+            optimizer.set_lr(adamw, config.optimizer.lr * factor)
+            loss, grad_norm, taken = train_step(model, adamw, microbatches, world, training.max_norm)
+            step += 1
+            flops = count_flops(config.model.name, architecture, microbatches)
+            log.train(step, loss, grad_norm, config.optimizer.lr * factor, flops=flops, skipped=not taken)
+            skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
+            if not taken:
+                report_skip(step, microbatches, train_data, world, say, skipped_in_a_row, training.max_skipped_steps)
+            if log.steps_here == 1:
+                distributed.set_timeout(world, config.comm.train_timeout_seconds)
+            if step % training.gc_freq == 0:
+                gc.collect()
+            profiler.step()
+            last = step == training.steps
+            if last or step % config.validation.freq == 0:
+                score(step)
+            if config.checkpoint.enable and (last or step % config.checkpoint.interval == 0):
+                state = train_state(step, global_batch_size, training.seq_len, train_data, config)
+                checkpoints.save(step, model, adamw, train_state=state, model_json=identity)
+    gc.enable()
+    checkpoints.wait()
+    if config.validation.enable and config.validation.baselines and world.rank == 0:
+        print_ladder(folder, train_data, held_out, log.headline)
+    world.barrier()
+    say(f"run folder: {folder}")
+
+
+def train_step(model, adamw, microbatches, world, max_norm: float) -> tuple[float, float, bool]:
+    """One optimizer step: the loss, the gradient's norm, and whether the step was taken.
+
+    Ranks hold uneven numbers of targets, so a mean of means would be wrong: sums are divided by counts over all ranks and
+    microbatches. A loss or gradient that is not finite is seen by all ranks alike, and all leave their weights as they are.
+    """
+    counts = world.sum(add_counts(microbatches))
+    adamw.zero_grad()
+    total = torch.zeros((), device=world.device)
+    for batch in microbatches:
+        sums = model(to_device(batch.inputs, world.device))
+        loss = sum(term_sum / max(counts[term], 1) for term, term_sum in sums.items())
+        (loss * world.size).backward()  # FSDP averages gradients over the ranks: undo it
+        total += loss.detach()
+    grad_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_norm)
+    if hasattr(grad_norm, "full_tensor"):
+        grad_norm = grad_norm.full_tensor()
+    loss, grad_norm = world.sum_on_device(total).item(), grad_norm.item()
+    taken = math.isfinite(loss) and math.isfinite(grad_norm)
+    if taken:
+        adamw.step()
+    return loss, grad_norm, taken
+
+
+@torch.no_grad()
+def validate(model, dataset, world, *, local_batch_size: int, max_windows: int | str) -> dict:
+    """The data family's own scores of its exact finite set, or of a fixed subset: the same on any number of ranks."""
+    subset = None if max_windows == "all" else loader.subset(len(dataset), max_windows)
+    scores = named(dataset.scorer)(dataset)
+    model.eval()
+    for batch in loader.finite(
+        dataset, local_batch_size=local_batch_size, rank=world.rank, world_size=world.size, subset=subset
+    ):
+        scores.add(model.logits(to_device(batch.inputs, world.device)), batch)
+    model.train()
+    return scores.result(world.sum_array)
+
+
+def add_counts(microbatches) -> dict[str, int]:
+    totals = {}
+    for batch in microbatches:
+        for term, count in batch.counts.items():
+            totals[term] = totals.get(term, 0) + count
+    return totals
+
+
+def to_device(inputs: dict, device: torch.device) -> dict:
+    """Tensors on the device; document boundaries stay on the CPU, where choosing a kernel reads them without waiting."""
+    return {
+        name: value if value is None or name == "cu_seqlens" else value.to(device, non_blocking=True)
+        for name, value in inputs.items()
+    }
+
+
+def named(path: str):
+    """The object that "package.module:name" names."""
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def check(config: Config, world_size: int):
+    """The architecture and the global batch of a run that can work on so many ranks; every problem at once otherwise."""
+    training, problems, architecture = config.training, [], None
+    try:
+        architecture = models.resolve(config.model.name, config.model.flavor, config.model.overrides)
+    except ValueError as error:
+        problems += str(error).split("\n")
+    try:
+        distributed.degrees(
+            world_size,
+            config.parallelism.data_parallel_shard_degree,
+            config.parallelism.data_parallel_replicate_degree,
+        )
+    except ValueError as error:
+        problems.append(f"parallelism: {error}")
+    at_once = training.local_batch_size * world_size
+    global_batch_size = at_once if training.global_batch_size == "auto" else training.global_batch_size
+    if global_batch_size % at_once:
+        below = global_batch_size - global_batch_size % at_once
+        problems.append(
+            f"training.global_batch_size={global_batch_size} is not a multiple of local_batch_size * ranks = "
+            f"{training.local_batch_size} * {world_size}; nearest valid values are {below or at_once} and {below + at_once}"
+        )
+    if config.data.mode == "legacy" and world_size > 1:
+        problems.append(f"data.mode=legacy is defined on one rank, not {world_size}; use stream")
+    if config.data.num_workers and not importlib.util.find_spec("torchdata"):
+        problems.append(f"data.num_workers={config.data.num_workers} needs torchdata: pip install torchdata, or set it to 0")
+    if config.checkpoint.init_from and not Path(config.checkpoint.init_from).is_dir():
+        problems.append(f"checkpoint.init_from={config.checkpoint.init_from} is not a folder")
+    if problems:
+        raise ConfigError(*problems)
+    return architecture, global_batch_size
+
+
+def open_run_folder(folder: Path, config: Config, world):
+    """Rank 0 makes the run folder and writes the resolved configuration into it."""
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(config_loader.dump(config))
+
+
+def build_data(config: Config, architecture, folder: Path, world, say):
+    """The training data and the held-out data (None without validation). Rank 0 makes the index, the others read it."""
+    settings = asdict(config.data)
+    for name in ("num_workers", "accept_changed"):
+        settings.pop(name)
+    family = data.FAMILIES[config.model.name]
+    build = importlib.import_module(family).build
+    common = settings | {"seq_len": config.training.seq_len, "seed": config.training.seed}
+    held_out_settings = common | {
+        "source": config.validation.source or config.data.source,
+        "split": config.validation.split,
+        "mode": "aligned",
+        "num_neurons": "all",
+        "source_weights": {},
+    }
+    for turn in (world.rank == 0, world.rank != 0):
+        with world.together("reading the data"):
+            if turn:
+                train_data = build(**common)
+                held_out = build(**held_out_settings, overlap=True) if config.validation.enable else None
+    if train_data.vocab_size > architecture.vocab_size:
+        raise ConfigError(
+            f"model.overrides.vocab_size={architecture.vocab_size} is smaller than the data's vocabulary, {train_data.vocab_size}"
+        )
+    for line in train_data.report():
+        say(line)
+    return train_data, held_out
+
+
+def build_model(config: Config, architecture, world, say):
+    """The sharded model with its initial weights, which are the same for every number of ranks."""
+    param_dtype = config.training.mixed_precision_param
+    if param_dtype == "auto":
+        param_dtype = "float32" if world.device.type == "cpu" else "bfloat16"
+    kernel = attention.choose(
+        config.model.attention, device=world.device, dtype=DTYPES[param_dtype], head_dim=architecture.head_dim
+    )
+    say(f"attention: {kernel.name} ({kernel.why})")
+    with torch.device("meta"):
+        model = models.build(config.model.name, architecture, attend=kernel)
+    frozen = parallelize.freeze(model, config.model.freeze)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    say(f"model: {config.model.name} {config.model.flavor}, {total:,} parameters, {trained:,} trained, {len(frozen)} tensors frozen")
+    parallelize.parallelize(
+        model,
+        world.mesh,
+        param_dtype=DTYPES[param_dtype],
+        reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
+        recompute=config.activation_checkpoint.mode,
+        compile_blocks=config.compile.enable,
+        reshard_after_forward=config.parallelism.fsdp_reshard_after_forward == "always",
+    )
+    parallelize.materialize(model, world.device, config.training.seed)
+    return model
+
+
+def print_on_rank_0(world):
+    def say(line: str):
+        if world.rank == 0:
+            print(line, flush=True)
+
+    return say
