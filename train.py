@@ -19,7 +19,8 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -41,36 +42,36 @@ def main(loaded: config_loader.Loaded):
         init_timeout_s=config.comm.init_timeout_seconds,
     )
     say = print_on_rank_0(world)
-    folder = Path(config_loader.run_folder(config))
-    with world.together("opening the run folder"):
-        open_run_folder(folder, config, world)
-    say(f"{config.job.description or folder.name}: {world.size} rank(s) on {metrics.device_name(world.device)}; run folder {folder}")
+    folder = config_loader.run_folder(config)
+    open_run_folder(folder, config, world)
+    say(f"{config.job.description or folder.name}: {world.size} rank(s) on {metrics.device_name(world.device)}")
     for warning in loaded.warnings:
         say(f"warning: {warning}")
 
-    train_data, held_out = build_data(config, architecture, folder, world, say)
-    model = build_model(config, architecture, world, say)
-    adamw = optimizer.build(model, **asdict(config.optimizer))
-    checkpoints = checkpoint.Checkpointer(
-        folder / "checkpoint",
-        world=world,
-        keep_latest_k=config.checkpoint.keep_latest_k,
-        asynchronous=config.checkpoint.async_mode == "async",
-    )
-    identity = {"family": config.model.name, "flavor": config.model.flavor, "architecture": asdict(architecture)}
-    step = restore(config, checkpoints, model, adamw, identity, train_data, global_batch_size, world, say)
-    log = metrics.Metrics(
-        folder,
-        enabled=world.rank == 0,
-        resume_step=step,
-        steps=training.steps,
-        tokens_per_step=global_batch_size * training.seq_len,
-        log_freq=config.metrics.log_freq,
-        tensorboard=config.metrics.enable_tensorboard,
-        device=world.device,
-        hfu_factor=4 / 3 if config.activation_checkpoint.mode == "full" else 1.0,
-    )
-    score = HeldOut(model, held_out, world, config, log)
+    with blaming_the_input():
+        train_data, held_out = build_data(config, architecture, world, say)
+        model = build_model(config, architecture, world, say)
+        adamw = optimizer.build(model, **asdict(config.optimizer))
+        checkpoints = checkpoint.Checkpointer(
+            folder / "checkpoint",
+            world=world,
+            keep_latest_k=config.checkpoint.keep_latest_k,
+            asynchronous=config.checkpoint.async_mode == "async",
+            say=say,
+        )
+        identity = {"family": config.model.name, "flavor": config.model.flavor, "architecture": asdict(architecture)}
+        step = restore(config, checkpoints, model, adamw, identity, train_data, global_batch_size, world, say)
+        log = metrics.Metrics(
+            folder,
+            enabled=world.rank == 0,
+            resume_step=step,
+            steps=training.steps,
+            tokens_per_step=global_batch_size * training.seq_len,
+            log_freq=config.metrics.log_freq,
+            tensorboard=config.metrics.enable_tensorboard,
+            device=world.device,
+            hfu_factor=4 / 3 if config.activation_checkpoint.mode == "full" else 1.0,
+        )
     batches = loader.build(
         train_data,
         start_step=step,
@@ -80,42 +81,49 @@ def main(loaded: config_loader.Loaded):
         rank=world.rank,
         world_size=world.size,
         num_workers=config.data.num_workers,
+        timeout_s=config.comm.train_timeout_seconds,
     )
+    if step == training.steps:
+        say(f"{folder} is finished: all {step} steps are done")
     if step == 0:
-        score(step)
+        score(0, config, model, held_out, world, log)
     skipped_in_a_row = 0
     gc.collect()
     gc.disable()  # collected below, on all ranks at once: one rank that pauses stalls the others
-    with profiling.trace(folder / "profile", rank=world.rank, **asdict(config.profiling)) as profiler:
+    with profiling.trace(folder / "profile", rank=world.rank, start_step=step, **asdict(config.profiling)) as profiler:
         while step < training.steps:
             log.start_step()
             microbatches = next(batches)
             log.data_ready()
-            factor = optimizer.lr_factor(step, steps=training.steps, **asdict(config.lr_scheduler))
-            optimizer.set_lr(adamw, config.optimizer.lr * factor)
+            lr = config.optimizer.lr * optimizer.lr_factor(step, steps=training.steps, **asdict(config.lr_scheduler))
+            optimizer.set_lr(adamw, lr)
             loss, grad_norm, taken = train_step(model, adamw, microbatches, world, training.max_norm)
             step += 1
             flops = count_flops(config.model.name, architecture, microbatches)
-            log.train(step, loss, grad_norm, config.optimizer.lr * factor, flops=flops, skipped=not taken)
+            log.train(step, loss, grad_norm, lr, flops=flops, skipped=not taken)
             skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
             if not taken:
-                report_skip(step, microbatches, train_data, world, say, skipped_in_a_row, training.max_skipped_steps)
+                report_skip(step, loss, grad_norm, microbatches, train_data, world, say)
+            if skipped_in_a_row > training.max_skipped_steps:
+                raise FloatingPointError(
+                    f"{skipped_in_a_row} steps in a row were skipped, more than training.max_skipped_steps = "
+                    f"{training.max_skipped_steps}; stopped at step {step}, the last checkpoint is untouched"
+                )
             if log.steps_here == 1:
                 distributed.set_timeout(world, config.comm.train_timeout_seconds)
             if step % training.gc_freq == 0:
                 gc.collect()
             profiler.step()
-            last = step == training.steps
-            if last or step % config.validation.freq == 0:
-                score(step)
-            if config.checkpoint.enable and (last or step % config.checkpoint.interval == 0):
-                state = train_state(step, global_batch_size, training.seq_len, train_data, config)
+            if step == training.steps or step % config.validation.freq == 0:
+                score(step, config, model, held_out, world, log)
+            if config.checkpoint.enable and (step == training.steps or step % config.checkpoint.interval == 0):
+                state = train_state(config, step, global_batch_size, train_data)
                 checkpoints.save(step, model, adamw, train_state=state, model_json=identity)
     gc.enable()
     checkpoints.wait()
+    log.close()
     if config.validation.enable and config.validation.baselines and world.rank == 0:
         print_ladder(folder, train_data, held_out, log.headline)
-    world.barrier()
     say(f"run folder: {folder}")
 
 
@@ -215,12 +223,13 @@ def check(config: Config, world_size: int):
 
 def open_run_folder(folder: Path, config: Config, world):
     """Rank 0 makes the run folder and writes the resolved configuration into it."""
-    if world.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(config_loader.dump(config))
+    with world.together(f"writing {folder}/config.toml"):
+        if world.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.toml").write_text(config_loader.dump(config))
 
 
-def build_data(config: Config, architecture, folder: Path, world, say):
+def build_data(config: Config, architecture, world, say):
     """The training data and the held-out data (None without validation). Rank 0 makes the index, the others read it."""
     settings = asdict(config.data)
     for name in ("num_workers", "accept_changed"):
@@ -242,9 +251,9 @@ def build_data(config: Config, architecture, folder: Path, world, say):
                 held_out = build(**held_out_settings, overlap=True) if config.validation.enable else None
     if train_data.vocab_size > architecture.vocab_size:
         raise ConfigError(
-            f"model.overrides.vocab_size={architecture.vocab_size} is smaller than the data's vocabulary, {train_data.vocab_size}"
+            f"model.overrides.vocab_size={architecture.vocab_size} is smaller than the data's, {train_data.vocab_size}"
         )
-    for line in train_data.report():
+    for line in getattr(train_data, "report", lambda: [])():
         say(line)
     return train_data, held_out
 
@@ -263,7 +272,10 @@ def build_model(config: Config, architecture, world, say):
     frozen = parallelize.freeze(model, config.model.freeze)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
-    say(f"model: {config.model.name} {config.model.flavor}, {total:,} parameters, {trained:,} trained, {len(frozen)} tensors frozen")
+    say(
+        f"model: {config.model.name} {config.model.flavor}, {total:,} parameters, {trained:,} trained"
+        + (f", {len(frozen)} tensors frozen" if frozen else "")
+    )
     parallelize.parallelize(
         model,
         world.mesh,
@@ -277,9 +289,139 @@ def build_model(config: Config, architecture, world, say):
     return model
 
 
+def restore(config, checkpoints, model, adamw, identity, train_data, global_batch_size, world, say) -> int:
+    """The step to go on from: of the newest valid checkpoint, or 0 with fresh or borrowed weights."""
+    if not config.checkpoint.enable:
+        found = None
+    else:
+        found = checkpoints.latest()
+        checkpoints.preflight(checkpoint.num_bytes(model))
+    if found:
+        path, state = found
+        check_same_run(path, state, config, global_batch_size, train_data.fingerprint, say)
+        checkpoints.load(path, model, adamw, identity)
+        return state["step"]
+    if config.checkpoint.init_from:
+        source, section = config.checkpoint.init_from, config.checkpoint
+        for line in checkpoint.init_from(
+            source,
+            model,
+            rename=section.init_rename,
+            allow_missing=section.init_allow_missing,
+            world=world,
+            model_json=identity,
+        ):
+            say(line)
+    return 0
+
+
+def check_same_run(path: Path, state: dict, config: Config, global_batch_size: int, fingerprint: dict, say):
+    """Refuse to go on with other data, another batch, or fewer steps than are done."""
+    problems = []
+    if state["step"] > config.training.steps:
+        problems.append(f"training.steps={config.training.steps}, but {path} is already at step {state['step']}")
+    if state["global_batch_size"] != global_batch_size:
+        problems.append(
+            f"global_batch_size is {global_batch_size} here and {state['global_batch_size']} in {path}: samples would repeat "
+            f"or be skipped; set training.global_batch_size={state['global_batch_size']}, or start another run folder"
+        )
+    old, keys = state["fingerprint"], sorted(state["fingerprint"].keys() | fingerprint.keys())
+    changes = [f"{key}: {old.get(key)} -> {fingerprint.get(key)}" for key in keys if old.get(key) != fingerprint.get(key)]
+    difference = f"the data is not that of {path}: {'; '.join(changes)}"
+    if changes and config.data.accept_changed:
+        say(f"warning: {difference} (data.accept_changed)")
+    elif changes:
+        problems.append(f"{difference}; mend it, start another run folder, or set data.accept_changed=true")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def train_state(config: Config, step: int, global_batch_size: int, train_data) -> dict:
+    """All that a run needs, beside weights and moments, to go on as if it had never stopped: one integer and what it means."""
+    return {
+        "step": step,
+        "next_sample": step * global_batch_size,
+        "global_batch_size": global_batch_size,
+        "tokens": step * global_batch_size * config.training.seq_len,
+        "fingerprint": train_data.fingerprint,
+        "config_sha256": hashlib.sha256(config_loader.dump(config).encode()).hexdigest(),
+    }
+
+
+def score(step: int, config: Config, model, held_out, world, log):
+    """Validate, where that is asked for, and write it down."""
+    if held_out is None:
+        return
+    section = config.validation
+    size = config.training.local_batch_size if section.local_batch_size == "auto" else section.local_batch_size
+    started = time.perf_counter()
+    scores = validate(model, held_out, world, local_batch_size=size, max_windows=section.max_windows)
+    scores |= {"max_windows": section.max_windows, "seconds": time.perf_counter() - started}
+    log.validation(step, scores, headline=named(held_out.scorer).HEADLINE)
+
+
+def count_flops(family: str, architecture, microbatches) -> float:
+    """FLOPs of this rank's part of a step: each document costs what its own length costs."""
+    per_token = importlib.import_module(models.FAMILIES[family]).flops_per_token
+    total = 0.0
+    for batch in microbatches:
+        num_rows, seq_len = batch.inputs["tokens"].shape
+        bounds = batch.inputs["cu_seqlens"]
+        lengths = [seq_len] * num_rows if bounds is None else bounds.diff().tolist()
+        total += sum(length * per_token(architecture, length) for length in lengths)
+    return total
+
+
+def report_skip(step, loss, grad_norm, microbatches, train_data, world, say):
+    """Name the rows of a step that no rank took."""
+    rows = world.gather([train_data.describe(origin) for batch in microbatches for origin in batch.origins])
+    if world.rank == 0:
+        names = list(dict.fromkeys(row for of_rank in rows for row in of_rank))
+        shown = "; ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        say(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}; its rows: {shown}")
+
+
+def print_ladder(folder: Path, train_data, held_out, headline):
+    """The model's held-out score among the baselines, which are fitted once and kept beside the run."""
+    path = folder / "ladder.json"
+    if not path.exists():
+        path.write_text(json.dumps(named(train_data.baselines)(train_data, held_out)))
+    name, value = headline
+    rungs = sorted([*json.loads(path.read_text()), ["this model", value]], key=lambda rung: rung[1])
+    print(f"\nheld-out {name}")
+    for label, number in rungs:
+        print(f"  {label:<32}{number:8.3f}")
+
+
 def print_on_rank_0(world):
     def say(line: str):
         if world.rank == 0:
             print(line, flush=True)
 
     return say
+
+
+@contextmanager
+def blaming_the_input():
+    """While a run is built, what is refused is something that its user can mend."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(error) from error
+
+
+def exit_code(loaded: config_loader.Loaded) -> int:
+    """Run. 2 for what a user can mend in the configuration or the data; a traceback, and 1, for everything else."""
+    try:
+        main(loaded)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print("this run cannot work:", *error.problems, sep="\n  ", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(LOADED))

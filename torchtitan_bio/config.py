@@ -72,8 +72,8 @@ class Data:
     split: str = "train"
     """Which split is trained on."""
     split_by: Literal["given", "session", "time"] = "given"
-    """How train and test are told apart. given: as the files say; session: by a hash of subject and session, 1% is test; time: the
-    last 20% of each row is test."""
+    """How train and test are told apart. given: as the files say; session: by a hash of subject and session, 1% is test; time:
+    the last 20% of each row is test."""
     mode: Literal["stream", "aligned", "legacy"] = "stream"
     """How windows are cut. stream: shuffled recordings end to end; aligned: from a separator, inside one recording; legacy: the
     predecessor's windows, bit for bit, on one rank."""
@@ -232,8 +232,8 @@ class Checkpoint:
     async_mode: Literal["disabled", "async"] = "disabled"
     """async writes to disk while training goes on; the save before is awaited first."""
     init_from: str = ""
-    """A step folder whose model weights start this run (no optimizer, no data position). Ignored once the run has checkpoints of
-    its own."""
+    """A step folder whose model weights start this run (no optimizer, no data position). Ignored once the run has checkpoints
+    of its own."""
     init_rename: dict[str, str] = field(default_factory=dict)
     """Glob patterns of names in init_from -> names here; each * is carried over."""
     init_allow_missing: list[str] = field(default_factory=list)

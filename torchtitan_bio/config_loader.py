@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from torchtitan_bio import config as manual
 from torchtitan_bio.config import Config, ConfigError
-from torchtitan_bio.config_moved import GONE, MOVED, REWORDED
+from torchtitan_bio.config_moved import GONE, GONE_SECTIONS, MOVED, REWORDED
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,7 +29,6 @@ else:
 SECTIONS = {section.name: section.type for section in fields(Config)}
 KINDS = {f"{name}.{key.name}": key.type for name, section in SECTIONS.items() for key in fields(section)}
 DEFAULT, COMMAND_LINE = "default", "command line"
-PARTLY = ", command line"
 
 
 @dataclass(frozen=True)
@@ -52,28 +51,34 @@ def load(argv: list[str]) -> Loaded:
     """The config that `argv` asks for; ConfigError with every problem of the file and of the command line."""
     given, problems = _read_arguments(argv)
     path = next((setting.value for setting in given if setting.path == ("job", "config_file")), "")
-    written = _read_file(path, problems) if path else []
+    written, unreadable = _read_file(path) if path else ([], [])
+    problems += unreadable
     # A file that says which file it was made from (dump does) keeps that name, so that it means the same run folder.
     if any(setting.path == ("job", "config_file") for setting in written):
         given = [setting for setting in given if setting.path != ("job", "config_file")]
 
     values: dict[str, Any] = {}
     origin = dict.fromkeys(KINDS, DEFAULT)
+    told = set()
     for setting in written + sorted(given, key=lambda setting: len(setting.path)):
         try:
             value = _accept(setting)
         except ConfigError as error:
-            problems.append(f"{setting.origin}: {error}")
+            # A section that does not exist is one problem of its file, whatever stands in it.
+            complaint = (setting.origin.partition(":")[0], str(error))
+            if complaint not in told:
+                problems.append((setting.origin, str(error)))
+            told.add(complaint)
+            continue
+        if len(setting.path) == 1:
             continue
         key = ".".join(setting.path[:2])
-        if len(setting.path) == 2:
-            values[key], origin[key] = value, setting.origin
-        elif len(setting.path) == 3:
-            values[key] = {**values.get(key, {}), setting.path[2]: value}
-            if setting.origin == COMMAND_LINE and origin[key] not in (DEFAULT, COMMAND_LINE):
-                origin[key] = f"{origin[key].removesuffix(PARTLY)}{PARTLY}"
-            elif origin[key] == DEFAULT:
-                origin[key] = setting.origin
+        is_whole = len(setting.path) == 2
+        values[key] = value if is_whole else {**values.get(key, {}), setting.path[2]: value}
+        if is_whole or origin[key] == DEFAULT:
+            origin[key] = setting.origin
+        elif setting.origin == COMMAND_LINE and not origin[key].endswith(COMMAND_LINE):
+            origin[key] += f", {COMMAND_LINE}"
 
     sections = {}
     for name, section in SECTIONS.items():
@@ -82,9 +87,10 @@ def load(argv: list[str]) -> Loaded:
                 **{key.name: values[k] for key in fields(section) if (k := f"{name}.{key.name}") in values}
             )
         except ConfigError as error:
-            problems += [f"{origin[line.partition('=')[0]]}: {line}" for line in error.problems]
+            problems += [(origin[text.partition("=")[0]], text) for text in error.problems]
     if problems:
-        raise ConfigError(*problems)
+        in_order = sorted(problems, key=lambda problem: _line(problem[0]))
+        raise ConfigError(*(f"{place}: {text}" for place, text in in_order))
     config = Config(**sections)
     return Loaded(config, origin, _warnings(config))
 
@@ -115,6 +121,12 @@ def run_folder(config: Config) -> Path:
     return Path(config.job.dump_folder or Path("outputs") / (Path(config.job.config_file).stem or "defaults"))
 
 
+def _line(place: str) -> int:
+    """The line of a "file:line"; what comes from the command line stands before them."""
+    line = place.rpartition(":")[2]
+    return int(line) if line.isdecimal() else 0
+
+
 def _warnings(config: Config) -> list[str]:
     warnings = []
     warmup, steps = config.lr_scheduler.warmup_steps, config.training.steps
@@ -129,27 +141,26 @@ def _warnings(config: Config) -> list[str]:
 # ---- reading: the two sources, as settings with an origin ----
 
 
-def _read_arguments(argv: list[str]) -> tuple[list[Setting], list[str]]:
+def _read_arguments(argv: list[str]) -> tuple[list[Setting], list[tuple[str, str]]]:
     """`--section.key value` and `--section.key=value` as settings; text becomes a value by the type of its key."""
     settings, problems, seen = [], [], set()
     words = list(argv)
     while words:
         name, has_value, text = words.pop(0).partition("=")
         if not name.startswith("--"):
-            problems.append(f"{COMMAND_LINE}: {name!r} is not an argument; settings are --section.key value")
+            problems.append((COMMAND_LINE, f"{name!r} is not an argument; settings are --section.key value"))
             continue
         if not has_value and words and not words[0].startswith("--"):
             has_value, text = True, words.pop(0)
         path = tuple(name[2:].split(".", 2))
         if len(path) == 1:
-            problems.append(
-                f"{COMMAND_LINE}: {name} is not an argument; settings are --section.key value{_near(path[0], dashes=True)}"
-            )
-        elif not has_value:
-            example = "true" if KINDS.get(name[2:]) is bool else "VALUE"
-            problems.append(f"{COMMAND_LINE}: {name} needs a value: {name} {example}")
+            near = _near(path[0], dashes=True)
+            problems.append((COMMAND_LINE, f"{name} is not an argument; settings are --section.key value{near}"))
+        elif not has_value and name[2:] in KINDS:
+            example = "true" if KINDS[name[2:]] is bool else "VALUE"
+            problems.append((COMMAND_LINE, f"{name} needs a value: {name} {example}"))
         elif path in seen:
-            problems.append(f"{COMMAND_LINE}: {name} is given twice")
+            problems.append((COMMAND_LINE, f"{name} is given twice"))
         else:
             seen.add(path)
             kind = KINDS.get(".".join(path[:2]))
@@ -158,28 +169,24 @@ def _read_arguments(argv: list[str]) -> tuple[list[Setting], list[str]]:
     return settings, problems
 
 
-def _read_file(path: str, problems: list[str]) -> list[Setting]:
-    """The settings of a TOML file, as many as can be read; what cannot joins `problems`."""
-    file = Path(path)
-    if not file.is_file():
-        near = difflib.get_close_matches(file.name, [other.name for other in file.parent.glob("*.toml")], n=1)
-        problems.append(
-            f"{COMMAND_LINE}: job.config_file={path} is not a file"
-            + (f"; did you mean {file.parent / near[0]}?" if near else "")
-        )
-        return []
+def _read_file(path: str) -> tuple[list[Setting], list[tuple[str, str]]]:
+    """The settings of a TOML file, as many as can be read, and what cannot."""
+    file, problems = Path(path), []
     try:
         text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        problems.append(f"{path}: not UTF-8: {error}")
-        return []
+    except FileNotFoundError:
+        near = difflib.get_close_matches(file.name, [other.name for other in file.parent.glob("*.toml")], n=1)
+        question = f"; did you mean {file.parent / near[0]}?" if near else ""
+        return [], [(COMMAND_LINE, f"job.config_file={path} does not exist{question}")]
+    except (OSError, UnicodeDecodeError) as error:
+        return [], [(COMMAND_LINE, f"job.config_file={path} cannot be read: {error}")]
     try:
         tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         message, _, place = str(error).partition(" (at ")
         line = re.match(r"line (\d+)", place)
-        problems.append(f"{path}:{line[1] if line else len(text.splitlines())}: not TOML: {message}")
-    return [Setting(keys, value, f"{path}:{line}") for keys, value, line in _statements(text)]
+        problems.append((f"{path}:{line[1] if line else len(text.splitlines())}", f"not TOML: {message}"))
+    return [Setting(keys, value, f"{path}:{line}") for keys, value, line in _statements(text)], problems
 
 
 def _statements(text: str):
@@ -226,7 +233,7 @@ def _accept(setting: Setting):
             return value
         raise ConfigError(f"{section} is a section: write [{section}] and its keys in the lines below")
     if key not in KINDS:
-        raise ConfigError(_unknown(path))
+        raise ConfigError(_unknown(path, is_header=value == {}))
     kind = KINDS[key]
     if len(path) > 2 and not _is_table(kind):
         raise ConfigError(f"{key} is not a table; it is {_words(kind)}")
@@ -242,21 +249,19 @@ def _accept(setting: Setting):
         raise ConfigError(f"{full}={toml(value)} must be {_words(kind)}") from None
 
 
-def _unknown(path: tuple[str, ...]) -> str:
+def _unknown(path: tuple[str, ...], is_header: bool) -> str:
     section, key = path[0], ".".join(path[:2])
     if key in MOVED:
         return f"{key} is called {MOVED[key]} here"
     for pattern, reason in GONE.items():
         if fnmatchcase(key, pattern):
             return f"{key} does not exist here: {reason}"
-    if section in GONE:
-        return f"[{section}] does not exist here: {GONE[section]}"
-    if section in SECTIONS or len(path) == 1:
+    if section in SECTIONS or (len(path) == 1 and not is_header):
         return f"{key} is not a setting{_near(key)}"
+    if section in GONE_SECTIONS:
+        return f"[{section}] does not exist here: {GONE_SECTIONS[section]}"
     near = difflib.get_close_matches(section, SECTIONS, n=1)
-    return f"[{section}] is not a section" + (
-        f"; did you mean [{near[0]}]?" if near else f"; sections are {', '.join(SECTIONS)}"
-    )
+    return f"[{section}] is not a section; " + (f"did you mean [{near[0]}]?" if near else f"sections are {', '.join(SECTIONS)}")
 
 
 def _near(name: str, dashes: bool = False) -> str:
@@ -379,6 +384,8 @@ def manual_page() -> str:
         for entry, below in pairwise(section.body):
             if isinstance(entry, ast.AnnAssign):
                 default = toml(getattr(SECTIONS[name](), entry.target.id))
-                pages.append(f"  --{name}.{entry.target.id} = {default}    {ast.unparse(entry.annotation)}")
-                pages += textwrap.wrap(below.value.value, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+                pages.append(f"  --{name}.{entry.target.id} = {default}   ({_words(KINDS[f'{name}.{entry.target.id}'])})")
+                pages += textwrap.wrap(
+                    " ".join(below.value.value.split()), 110, initial_indent=" " * 6, subsequent_indent=" " * 6
+                )
     return "\n".join(pages)

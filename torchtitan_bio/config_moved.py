@@ -69,6 +69,10 @@ GONE = {
     "validation.seq_len": "windows are scored at training.seq_len",
     "comm.trace_buf_size": "the flight recorder is set by TORCH_NCCL_TRACE_BUFFER_SIZE",
     "comm.save_traces_*": "the flight recorder is set by TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
+}
+"""Old name (a glob pattern) -> why it is not needed, or what serves instead. The first that matches is told."""
+
+GONE_SECTIONS = {
     "experimental": "none of its settings is offered: no tensor or pipeline parallelism, no custom imports",
     "float8": "float8 is not offered; training.mixed_precision_param is bfloat16 or float32",
     "quantize": "float8 and MX are not offered; training.mixed_precision_param is bfloat16 or float32",
@@ -77,7 +81,7 @@ GONE = {
     "fault_tolerance": "a run that stops is started again, and resumes from its newest valid checkpoint",
     "debug": "none of its settings is offered",
 }
-"""Old name (a glob pattern) or old section -> why it is not needed, or what serves instead. The first that matches is told."""
+"""Old section -> why it is not needed, or what serves instead."""
 
 REWORDED = {
     ("model.name", "llama"): 'is written "llama3" here',

@@ -19,7 +19,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> list[str]:
     names = [name for name, _ in model.named_parameters()]
     idle = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
     if idle:
-        raise ValueError(f"model.freeze patterns that match no parameter: {', '.join(idle)}; names look like {names[0]}, {names[-1]}")
+        raise ValueError(f"model.freeze: no parameter is called {', '.join(idle)}; names look like {names[0]}, {names[-1]}")
     frozen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
@@ -38,7 +38,7 @@ def parallelize(
 ):
     """Wrap and shard the model's blocks, then the rest of it, in place. Parameter names stay what they are.
 
-    Forward methods are replaced on the blocks themselves rather than wrapped in modules, which would put a prefix into every name.
+    A block's forward is replaced on the block itself: a wrapping module would put a prefix into every name.
     """
     if mesh["replicate"].size() == 1:
         mesh = mesh["shard"]

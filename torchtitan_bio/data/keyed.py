@@ -14,7 +14,8 @@ WORD = 2**64 - 1
 def bits(num, *keys, start=0):
     """Values [start, start + num) of the endless uint64 stream named by up to four whole numbers; O(num) for any start."""
     first, second, third, fourth = (*(int(key) & WORD for key in keys), 0, 0, 0, 0)[:4]
-    generator = np.random.Philox(key=[first, second], counter=[start // 4, 0, third, fourth])
+    key, counter = np.array([first, second], np.uint64), np.array([start // 4, 0, third, fourth], np.uint64)
+    generator = np.random.Philox(key=key, counter=counter)
     return generator.random_raw(start % 4 + num)[start % 4 :]
 
 

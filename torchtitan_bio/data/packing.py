@@ -29,7 +29,7 @@ class Window:
 
 class Draws:
     """Which rows an epoch takes, in file order. A row of weight 2.3 is taken twice, and in 30% of the epochs a third time:
-    when a number keyed by (seed, epoch, row) is below 0.3. So epochs can differ in length, and sample i remains a pure function."""
+    when a number keyed by (seed, epoch, row) is below 0.3. Epochs can differ in length; sample i remains a pure function."""
 
     def __init__(self, num_rows, *, seed, weights=None):
         weights = np.ones(num_rows) if weights is None else np.asarray(weights, float)
@@ -51,7 +51,7 @@ class Epochs:
     def table(self, epoch):
         if epoch not in self.tables:
             if len(self.tables) == 2:
-                del self.tables[min(self.tables, key=lambda other: -abs(other - epoch))]
+                del self.tables[max(self.tables, key=lambda other: abs(other - epoch))]
             self.tables[epoch] = self.make(epoch)
         return self.tables[epoch]
 
@@ -60,7 +60,7 @@ class Epochs:
         if self.equal:
             return divmod(i, self.table(0).num_windows)
         while not self.ends or self.ends[-1] <= i:
-            if len(self.ends) >= 1000 and not self.ends[-1]:
+            if len(self.ends) == 1000 and not self.ends[-1]:
                 raise ValueError("source_weights draw no recording in 1000 epochs: raise them")
             self.ends.append((self.ends[-1] if self.ends else 0) + self.table(len(self.ends)).num_windows)
         epoch = bisect_right(self.ends, i)
@@ -158,7 +158,14 @@ class Aligned:
     """
 
     def __init__(self, neurons, bins, draws, *, seq_len, seed, overlap=False):
-        self.neurons, self.bins, self.draws, self.seq_len, self.seed, self.overlap = neurons, bins, draws, seq_len, seed, overlap
+        self.neurons, self.bins, self.draws, self.seq_len, self.seed, self.overlap = (
+            neurons,
+            bins,
+            draws,
+            seq_len,
+            seed,
+            overlap,
+        )
         self.window_bins = seq_len // (neurons + 1)
         self.stride = np.maximum(1, self.window_bins // 2 if overlap else self.window_bins)
         beyond_first = np.maximum(0, bins - (self.window_bins if overlap else self.stride))

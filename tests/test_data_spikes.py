@@ -1,0 +1,346 @@
+"""Recordings from every kind of file, what is refused in them, and how they are chosen."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from torchtitan_bio.data import sources, spikes
+
+LISTS = pa.list_(pa.list_(pa.uint8()))
+
+
+def recordings(num=6, seed=0, high=5):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, high, (int(rng.integers(1, 9)), int(rng.integers(1, 60)))) for _ in range(num)]
+
+
+def table(matrices, kind=LISTS, **columns):
+    num = len(matrices)
+    named = {
+        "source_dataset": [f"lab{i % 3}" for i in range(num)],
+        "subject_id": [f"mouse{i % 2}" for i in range(num)],
+        "session_id": ["1"] * num,
+        "segment_id": [f"s{i}" for i in range(num)],
+        **columns,
+    }
+    counts = pa.array([matrix.tolist() if isinstance(matrix, np.ndarray) else matrix for matrix in matrices], kind)
+    return pa.table({"spike_counts": counts, **{name: column for name, column in named.items() if column is not None}})
+
+
+def write_arrow(path, data, form=pa.ipc.new_stream, max_rows=4):
+    with pa.OSFile(str(path), "wb") as out, form(out, data.schema) as writer:
+        writer.write_table(data, max_chunksize=max_rows)
+
+
+def build(source, **settings):
+    return spikes.build(source=str(source), **{"seq_len": 32, "mode": "stream", "seed": 1, **settings})
+
+
+def same_samples(one, other):
+    return len(one) == len(other) and all(
+        (one.sample(i).tokens == other.sample(i).tokens).all() and one.sample(i).origin == other.sample(i).origin
+        for i in range(2 * len(one))
+    )
+
+
+def test_the_embedded_recording_is_the_documented_one():
+    train, test = (spikes.build(source="embedded:a2929", seq_len=512, split=split) for split in ("train", "test"))
+    assert [train.counts(row).shape for row in range(2)] == [(15, 24000)] * 2
+    assert [test.counts(row).shape for row in range(2)] == [(15, 6000)] * 2
+    spikes_in = [sum(int(dataset.counts(row).sum()) for row in range(2)) for dataset in (train, test)]
+    assert spikes_in == [98794 - 18592, 18592]
+    assert test.session.tolist() == [0, 0] and not test.malformed and not test.clipped
+    assert train.index.segment_id == ["sleep-train", "wake-train"]
+    with pytest.raises(ValueError, match="there is embedded:a2929"):
+        spikes.build(source="embedded:a2930", seq_len=512)
+
+
+@pytest.mark.parametrize("kind", [LISTS, pa.list_(pa.list_(pa.int64())), pa.large_list(pa.large_list(pa.uint16()))])
+def test_parquet_and_both_forms_of_arrow_and_every_integer_type_read_alike(tmp_path, kind):
+    matrices = recordings(10)
+    data = table(matrices, kind)
+    pq.write_table(data, tmp_path / "x.parquet")
+    write_arrow(tmp_path / "stream.arrow", data)
+    write_arrow(tmp_path / "file.arrow", data, pa.ipc.new_file)
+    datasets = [build(tmp_path / name) for name in ("x.parquet", "stream.arrow", "file.arrow")]
+    for dataset in datasets:
+        for row, matrix in enumerate(matrices):
+            counts = dataset.counts(row)
+            assert counts.dtype == np.uint8 and (counts == matrix).all()
+        assert dataset.index.id[4] == "lab1/mouse0/1/s4"
+        assert same_samples(dataset, datasets[0]) and dataset.fingerprint == datasets[0].fingerprint
+
+
+def test_an_npz_reads_as_the_same_recording_in_a_parquet_file(tmp_path):
+    matrix = recordings(1)[0]
+    np.savez(tmp_path / "one.npz", spike_counts=matrix)
+    np.savez(tmp_path / "two.npz", anything=matrix, times=np.arange(3))
+    pq.write_table(table([matrix]), tmp_path / "x.parquet")
+    assert same_samples(build(tmp_path / "one.npz"), build(tmp_path / "x.parquet"))
+    assert (build(tmp_path / "two.npz").counts(0) == matrix).all()
+    assert build(tmp_path / "one.npz").index.id == ["one"]
+    np.savez(tmp_path / "none.npz", times=np.arange(3))
+    with pytest.raises(ValueError, match="spike_counts.*it holds times"):
+        build(tmp_path / "none.npz")
+
+
+def test_uint8_arrow_is_viewed_and_not_copied(tmp_path):
+    write_arrow(tmp_path / "x.arrow", table(recordings()))
+    dataset = build(tmp_path / "x.arrow")
+    block = dataset.store.block(dataset.index, 2, 0, 1)
+    assert not block.flags.owndata and not block.flags.writeable
+
+
+def test_splits_are_found_in_the_names_of_files_and_folders(tmp_path):
+    matrices = recordings(8)
+    for name, rows in {
+        "data/train-00000-of-00002.parquet": [0, 1],
+        "data/train-00001-of-00002.parquet": [2],
+        "data/test-00000-of-00001.parquet": [3],
+        "more/validation/x.parquet": [4, 5],
+        "more/contest.parquet": [6],
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table(matrices).take(rows), tmp_path / name)
+    found = {split: build(tmp_path, split=split).index.segment_id for split in ("train", "test", "validation")}
+    assert found == {"train": ["s0", "s1", "s2", "s6"], "test": ["s3"], "validation": ["s4", "s5"]}
+    with pytest.raises(ValueError, match="no split 'dev'; it has test, train, validation"):
+        build(tmp_path, split="dev")
+    np.savez(tmp_path / "x.npz", spike_counts=matrices[0])
+    with pytest.raises(ValueError, match="mixes .npz and .parquet"):
+        build(tmp_path)
+
+
+def test_a_source_that_is_nowhere_is_named():
+    with pytest.raises(ValueError, match="'no/such/place.parquet' is neither an existing file"):
+        build("no/such/place.parquet")
+
+
+def test_missing_metadata_and_identifiers_are_tolerated(tmp_path):
+    bare = {name: None for name in ("source_dataset", "subject_id", "session_id", "segment_id")}
+    pq.write_table(table(recordings(3), **bare), tmp_path / "bare.parquet")
+    pq.write_table(table(recordings(3), **bare, identifier=["x", "y", "z"]), tmp_path / "named.parquet")
+    dataset = build(tmp_path / "bare.parquet")
+    assert dataset.index.id == ["row 0", "row 1", "row 2"] and dataset.index.source_dataset == [""] * 3
+    assert len(set(dataset.session)) == 3  # nothing says that two of them share their neurons
+    assert build(tmp_path / "named.parquet").index.id == ["x", "y", "z"]
+
+
+def test_malformed_rows_of_every_kind_are_listed_and_bounded_and_move_nothing(tmp_path):
+    good = recordings(3)
+    signed = pa.list_(pa.list_(pa.int64()))
+    bad = [[[1, 2, 3], [1, 2]], [[0, -3]], [], [[], []], None, [[1, None]], [[1, 2], None]]
+    mixed = [good[0], bad[0], bad[1], good[1], *bad[2:], good[2]]
+    (tmp_path / "good").mkdir()
+    (tmp_path / "bad").mkdir()
+    pq.write_table(
+        table(good, signed, segment_id=["s0", "s3", "s9"], source_dataset=None, subject_id=None), tmp_path / "good/a.parquet"
+    )
+    pq.write_table(table(mixed, signed, source_dataset=None, subject_id=None), tmp_path / "bad/a.parquet")
+    flat = table([[1, 2], [3]], pa.list_(pa.uint8()), segment_id=["flat", "flatter"])
+    pq.write_table(flat, tmp_path / "bad/b.parquet")
+    real = table([np.ones((2, 2))], pa.list_(pa.list_(pa.float32())), segment_id=["real"])
+    pq.write_table(real, tmp_path / "bad/c.parquet")
+
+    dataset = build(tmp_path / "bad", max_malformed_rows=10)
+    reasons = {name.split("/")[-1]: reason.split(":")[0] for name, reason in dataset.malformed}
+    assert reasons == {
+        "s1": "ragged",
+        "s2": "negative",
+        "s4": "empty",
+        "s5": "empty",
+        "s6": "missing",
+        "s7": "missing",
+        "s8": "missing",
+        "flat": "1-D",
+        "flatter": "1-D",
+        "real": "not a matrix of integers",
+    }
+    assert same_samples(dataset, build(tmp_path / "good"))
+    with pytest.raises(ValueError, match=r"10 malformed of 13 rows, data.max_malformed_rows=9:\n  1/s1: ragged"):
+        build(tmp_path / "bad", max_malformed_rows=9)
+    many = table([[]] * 25, signed)
+    pq.write_table(many, tmp_path / "many.parquet")
+    with pytest.raises(ValueError, match=r"lab0/mouse1/1/s9: empty.*\n  \.\.\. and 15 more"):
+        build(tmp_path / "many.parquet")
+
+
+@pytest.mark.parametrize("kind", [pa.uint8(), pa.int64()])
+def test_counts_of_255_and_more_are_clipped_and_counted_by_source(tmp_path, kind):
+    largest = 255 if kind == pa.uint8() else 70000
+    matrices = [np.array([[0, 254, 255]]), np.array([[largest, 1], [255, largest]]), np.array([[254]]), np.array([[255]])]
+    pq.write_table(table(matrices, pa.list_(pa.list_(kind))), tmp_path / "x.parquet")
+    dataset = build(tmp_path / "x.parquet")
+    assert dataset.clipped == {"lab0": 2, "lab1": 3}
+    assert dataset.counts(1).tolist() == [[254, 1], [254, 254]]
+    samples = [dataset.sample(i) for i in range(len(dataset))]
+    tokens = np.concatenate([sample.tokens[: sample.labels[1]] for sample in samples])
+    assert (tokens == 255).sum() == 3 + 2 + 1 + 1  # the separators of all bins, and nothing else
+
+
+def test_a_crop_keeps_neurons_in_order_and_draws_them_anew_each_epoch(tmp_path):
+    matrices = [np.arange(n)[:, None] + np.zeros((n, 40), int) for n in (3, 5, 50)]
+    pq.write_table(table(matrices, source_dataset=["a"] * 3), tmp_path / "x.parquet")
+    dataset = build(tmp_path / "x.parquet", num_neurons=5, mode="aligned", seq_len=12)
+    drawn = set()
+    for i in range(6 * len(dataset)):
+        sample = dataset.sample(i)
+        row = sample.origin[0]
+        width = 6 if row else 4
+        bins = sample.tokens[: sample.labels[1]].reshape(-1, width)
+        assert (bins[:, 0] == 255).all() and (bins == bins[0]).all()
+        neurons = tuple(bins[0, 1:].tolist())
+        assert neurons == tuple(sorted(set(neurons)))
+        assert row == 2 or neurons == tuple(range(width - 1))
+        assert neurons == tuple(dataset.neurons(row, i // len(dataset)) if row == 2 else range(width - 1))
+        drawn.add((i // len(dataset), row, neurons))
+    assert len({neurons for _, row, neurons in drawn if row == 2}) == 6  # one choice an epoch, six different ones
+    evaluation = build(tmp_path / "x.parquet", num_neurons=5, mode="aligned", seq_len=12, overlap=True)
+    assert (evaluation.counts(2) == dataset.counts(2)).all() and evaluation.counts(2).shape == (5, 40)
+    last = evaluation.sample(len(evaluation) - 1)
+    assert last.tokens[1:6].tolist() == evaluation.counts(2)[:, 0].tolist()
+
+
+def test_sources_are_filtered_and_weighted_by_name(tmp_path):
+    pq.write_table(table(recordings(6)), tmp_path / "x.parquet")
+    kept = build(tmp_path / "x.parquet", include_sources=["lab*"], exclude_sources=["lab[01]"])
+    assert kept.index.segment_id == ["s2", "s5"]
+    plain, twice = (build(tmp_path / "x.parquet", source_weights=weights) for weights in ({}, {"lab1": 2.0, "lab0": 0}))
+    tokens = (plain.index.n + 1) * plain.index.t
+    assert len(twice) == -(-(2 * (tokens[1] + tokens[4]) + tokens[2] + tokens[5] - 1) // 32)
+    for settings, message in {
+        "include_sources": (["lap1"], "'lap1' matches no source_dataset; did you mean 'lab1'"),
+        "exclude_sources": (["lab*"], "leave nothing. There are 'lab0', 'lab1', 'lab2'"),
+        "source_weights": ({"lab3": 1.0}, "no recording is of 'lab3'; did you mean 'lab"),
+    }.items():
+        with pytest.raises(ValueError, match=message[1].replace("*", r"\*")):
+            build(tmp_path / "x.parquet", **{settings: message[0]})
+    with pytest.raises(ValueError, match="all are 0"):
+        build(tmp_path / "x.parquet", include_sources=["lab0"], source_weights={"lab0": 0.0})
+    with pytest.raises(ValueError, match="legacy"):
+        build(tmp_path / "x.parquet", mode="legacy", source_weights={"lab1": 2.0})
+
+
+def test_sessions_are_on_one_side_of_the_split_by_session_whatever_the_files_say(tmp_path):
+    num = 600
+    subjects = [f"animal{i // 3}" for i in range(num)]
+    data = table([np.ones((1, 2), int)] * num, subject_id=subjects)
+    pq.write_table(data.take(list(range(0, num, 2))), tmp_path / "train.parquet")
+    pq.write_table(data.take(list(range(1, num, 2))), tmp_path / "test.parquet")
+    sides = [build(tmp_path, split=split, split_by="session").index for split in ("train", "test")]
+    assert not set(sides[0].subject_id) & set(sides[1].subject_id)
+    assert sorted(sides[0].segment_id + sides[1].segment_id) == sorted(f"s{i}" for i in range(num))
+    assert 0 < len(set(sides[1].subject_id)) < 10  # 1% of 200
+    with pytest.raises(ValueError, match="of 1 sessions none falls"):
+        spikes.build(source="embedded:a2929", seq_len=32, split="test", split_by="session")
+
+
+def test_the_split_by_time_cuts_the_last_fifth_of_each_row(tmp_path):
+    matrices = [np.arange(3 * t).reshape(3, t) % 200 for t in (10, 23, 4)]
+    pq.write_table(table(matrices), tmp_path / "x.parquet")
+    train, test = (build(tmp_path / "x.parquet", split=split, split_by="time") for split in ("train", "test"))
+    assert test.index.t.tolist() == [2, 4]  # a fifth of four bins is none
+    for row, matrix in enumerate(matrices):
+        parts = [train.counts(row), test.counts(row)] if row < 2 else [train.counts(row)]
+        assert (np.concatenate(parts, axis=1) == matrix).all()
+    assert test.sample(0).tokens.tolist().count(255) > 0
+    with pytest.raises(ValueError, match="splits train and test, not 'dev'"):
+        build(tmp_path / "x.parquet", split="dev", split_by="time")
+
+
+def test_a_fingerprint_differs_in_the_entry_that_changed_and_not_with_the_place_of_the_files(tmp_path):
+    matrices = recordings(6)
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        pq.write_table(table(matrices), tmp_path / name / "x.parquet")
+    pq.write_table(table([*matrices, matrices[0]]), tmp_path / "longer.parquet")
+    base = build(tmp_path / "here").fingerprint
+    assert build(tmp_path / "there").fingerprint == base and json.loads(json.dumps(base)) == base
+
+    def changed(source="here", **settings):
+        other = build(tmp_path / source, **settings).fingerprint
+        return {key for key in base if base[key] != other[key]}
+
+    assert changed("longer.parquet") == {"rows", "num_rows", "num_counts"}
+    assert changed(seq_len=33) == {"seq_len"} and changed(seed=2) == {"seed"} and changed(shuffle_rows=2) == {"shuffle_rows"}
+    assert changed(mode="legacy") == {"mode", "shuffle_rows"} and changed(num_neurons=2) == {"num_neurons"}
+    assert changed(source_weights={"lab1": 2.0}) == {"source_weights"}
+    assert changed(exclude_sources=["lab1"]) == {"rows", "num_rows", "num_counts", "exclude_sources"}
+    many = [f"lab[{'0' * i}0-9]" for i in range(200)]
+    assert len(json.dumps(build(tmp_path / "here", include_sources=many).fingerprint)) < 1000
+
+
+def test_an_index_left_on_disk_is_read_and_a_changed_file_makes_a_new_one(tmp_path, monkeypatch):
+    data, file, folder = table(recordings(6)), tmp_path / "x.arrow", tmp_path / "index"
+    write_arrow(file, data)
+    first = build(file, index_folder=folder)
+    assert len(list(folder.iterdir())) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr("torchtitan_bio.data.recordings._scan", None)  # nobody may look at the data again
+        assert same_samples(build(file, index_folder=folder), first)
+    write_arrow(file, data.slice(1))
+    assert len(build(file, index_folder=folder).index) == 5 and len(list(folder.iterdir())) == 2
+
+
+def test_large_parquet_is_turned_into_mapped_arrow_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
+    data = table(recordings(20))
+    pq.write_table(data, tmp_path / "x.parquet", row_group_size=7)
+    write_arrow(tmp_path / "x.arrow", data)
+    folder = tmp_path / "cache"
+    dataset = build(tmp_path / "x.parquet", index_folder=folder)
+    assert same_samples(dataset, build(tmp_path / "x.arrow", index_folder=tmp_path / "other"))
+    assert sorted(file.suffix for file in folder.iterdir()) == [".arrow", ".parquet"]
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile", None)
+    assert same_samples(dataset, build(tmp_path / "x.parquet", index_folder=folder))
+
+
+def test_a_dataset_travels_to_another_process_without_its_data(tmp_path):
+    write_arrow(tmp_path / "x.arrow", table([np.ones((50, 4000), int)] * 4))
+    dataset = build(tmp_path / "x.arrow", seq_len=4096)
+    dataset.sample(0)
+    pickled = pickle.dumps(dataset)
+    assert len(pickled) < 20_000
+    assert same_samples(pickle.loads(pickled), dataset)
+
+
+def test_a_hugging_face_data_set_is_read_from_the_cache_and_its_absence_names_the_download(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("socket.socket.connect", None)  # any connection fails
+    with pytest.raises(ValueError, match=r"""python -c "from datasets import load_dataset; load_dataset\('lab/pile'\)"""):
+        build("lab/pile")
+    matrices = recordings(5)
+    for split, rows in {"train": [0, 1, 2], "test": [3, 4]}.items():
+        pq.write_table(table(matrices).take(rows), tmp_path / f"{split}-0.parquet")
+    files = {split: str(tmp_path / f"{split}-0.parquet") for split in ("train", "test")}
+    datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "made"))
+    # What load_dataset("lab/pile") leaves is named after the data set: the same files under another name.
+    made = next((tmp_path / "made").glob("parquet/*/*/*/dataset_info.json"), None) or next(
+        (tmp_path / "made").rglob("dataset_info.json")
+    )
+    target = tmp_path / "cache" / "lab___pile" / "default" / "0.0.0" / "0123abcd"
+    shutil.copytree(made.parent, target)
+    for file in target.glob("*.arrow"):
+        file.rename(target / file.name.replace("parquet-", "pile-"))
+    info = json.loads((target / "dataset_info.json").read_text())
+    info["config_name"] = "default"
+    info["dataset_name"] = "pile"
+    (target / "dataset_info.json").write_text(json.dumps(info))
+    dataset = build("lab/pile", split="test")
+    assert dataset.index.segment_id == ["s3", "s4"] and (dataset.counts(1) == matrices[4]).all()
+    assert dataset.store.files[0].suffix == ".arrow"
+
+
+def test_a_data_set_saved_to_disk_is_read_as_it_stands(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    matrices = recordings(5)
+    saved = datasets.Dataset.from_dict({"spike_counts": [matrix.tolist() for matrix in matrices], "identifier": list("abcde")})
+    datasets.DatasetDict(train=saved.select([0, 1, 2]), test=saved.select([3, 4])).save_to_disk(str(tmp_path / "saved"))
+    assert build(tmp_path / "saved").index.id == ["a", "b", "c"]
+    assert (build(tmp_path / "saved", split="test").counts(0) == matrices[3]).all()

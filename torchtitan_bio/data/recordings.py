@@ -1,0 +1,230 @@
+"""Recordings on disk, read without copying: an index of their shapes, and views of their counts.
+
+Arrow stores a (neurons, bins) recording as one run of integers with two levels of offsets, so a recording that is not ragged is
+a plain view of the mapped file. The index is made in one pass over the data, which also finds what no offset can tell (counts
+that are negative or too large for a token), and is kept on disk: one process makes it, the others read it.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from torchtitan_bio.data import sources
+
+LARGEST_COUNT = 254  # 255 is the separator
+METADATA = ("source_dataset", "subject_id", "session_id", "segment_id")
+INDEX_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """What is known of each recording without its counts; entry i of every column is recording i."""
+
+    id: list[str]
+    source_dataset: list[str]
+    subject_id: list[str]
+    session_id: list[str]
+    segment_id: list[str]
+    n: np.ndarray
+    """Neurons."""
+    t: np.ndarray
+    """Bins."""
+    clipped: np.ndarray
+    """Counts above 254, which are read as 254."""
+    fault: list[str]
+    """Why a row cannot be read; empty for a good one."""
+    chunk: np.ndarray
+    """Where it is stored: in which run of counts, at which offset, with how many bins a neuron, from which of these bins on."""
+    offset: np.ndarray
+    stored_bins: np.ndarray
+    first_bin: np.ndarray
+
+    def __len__(self):
+        return len(self.id)
+
+    def take(self, rows):
+        rows = np.asarray(rows, dtype=np.int64)
+        chosen = {}
+        for field in fields(self):
+            column = getattr(self, field.name)
+            chosen[field.name] = column[rows] if isinstance(column, np.ndarray) else [column[row] for row in rows]
+        return Index(**chosen)
+
+    def between(self, begin, end):
+        """The rows cut to their bins [begin, end), arrays of one entry a row; rows of which nothing remains are left out."""
+        cut = replace(self, first_bin=self.first_bin + begin, t=end - begin)
+        return cut.take(np.flatnonzero(cut.t > 0))
+
+
+class Recordings:
+    """The recordings of some Parquet, Arrow or npz files. Pickled by the files' names: a copy elsewhere maps them anew."""
+
+    def __init__(self, files, cache_folder=None):
+        self.files, self.cache_folder = list(files), Path(cache_folder or sources.default_cache())
+        self.keep_index = cache_folder is not None or sum(file.stat().st_size for file in files) > sources.IN_MEMORY_BYTES
+        self._counts = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "_counts": None}
+
+    def block(self, index, row, begin, end):
+        """Counts (n, end - begin) of bins [begin, end): a view of what is stored, of whatever integer type that has."""
+        if self._counts is None:
+            self._counts = [chunk.counts for chunk in self._chunks()]
+        n, bins, offset = int(index.n[row]), int(index.stored_bins[row]), int(index.offset[row])
+        first = int(index.first_bin[row])
+        counts = self._counts[index.chunk[row]]
+        return counts[offset : offset + n * bins].reshape(n, bins)[:, first + begin : first + end]
+
+    def index(self):
+        """Of every row in the order of the files; read from the cache folder if a process has left it there."""
+        path = self.cache_folder / f"index-v{INDEX_VERSION}-{sources.key_of(self.files)}.parquet"
+        if self.keep_index and path.exists():
+            return read_index(path)
+        index = _concatenate([_scan(number, chunk) for number, chunk in enumerate(self._chunks())])
+        if self.keep_index:
+            write_index(index, path)
+        return index
+
+    def _chunks(self):
+        for file in self.files:
+            if file.suffix == ".npz":
+                yield _npz_chunk(file)
+            else:
+                for batch in sources.record_batches(file, self.cache_folder):
+                    yield _arrow_chunk(batch, file)
+
+
+def write_index(index, path):
+    sources.write_whole(path, lambda temporary: pq.write_table(pa.table(vars(index)), temporary))
+
+
+def read_index(path):
+    table = pq.read_table(path)
+    texts = {field.name for field in table.schema if pa.types.is_string(field.type)}
+    return Index(**{name: table[name].to_pylist() if name in texts else table[name].to_numpy() for name in table.column_names})
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows in one run of counts: row r is neurons rows[r] to rows[r + 1], neuron i is counts neurons[i] to neurons[i + 1]."""
+
+    counts: np.ndarray
+    rows: np.ndarray
+    neurons: np.ndarray
+    missing: np.ndarray
+    metadata: dict[str, list[str]]
+    fault: str = ""
+
+
+def _npz_chunk(file):
+    with np.load(file, allow_pickle=False) as arrays:
+        matrices = [name for name in arrays if arrays[name].ndim == 2]
+        name = "spike_counts" if "spike_counts" in arrays else matrices[0] if len(matrices) == 1 else None
+        if name is None:
+            raise ValueError(
+                f"{file}: expected an array spike_counts (neurons, bins); it holds {', '.join(arrays) or 'nothing'}"
+            )
+        counts = arrays[name]
+        metadata = {key: [str(arrays[key])] for key in METADATA if key in arrays and not arrays[key].ndim}
+    metadata["identifier"] = [file.stem]
+    none = np.zeros(1, bool)
+    if counts.ndim != 2 or counts.dtype.kind not in "iu":
+        fault = f"not a matrix of integers: {counts.dtype} {counts.shape}, expected (neurons, bins)"
+        return _Chunk(np.empty(0, np.uint8), np.zeros(2, int), np.zeros(1, int), none, metadata, fault)
+    n, t = counts.shape
+    return _Chunk(np.ascontiguousarray(counts).reshape(-1), np.array([0, n]), np.arange(n + 1) * t, none, metadata)
+
+
+def _arrow_chunk(batch, file):
+    if "spike_counts" not in batch.schema.names:
+        raise ValueError(f"{file} has no column spike_counts; its columns are {', '.join(batch.schema.names)}")
+    metadata = {
+        name: ["" if value is None else str(value) for value in batch.column(name).to_pylist()]
+        for name in (*METADATA, "identifier")
+        if name in batch.schema.names
+    }
+    outer = batch.column("spike_counts")
+    if isinstance(outer, pa.ExtensionArray):
+        outer = outer.storage
+    inner = outer.values if _is_list(outer) else None
+    if inner is None or not _is_list(inner) or not pa.types.is_integer(inner.type.value_type):
+        shape = "1-D" if inner is not None and not _is_list(inner) else "not a matrix of integers"
+        fault = f"{shape}: spike_counts is {outer.type}, expected list<list<uint8>>"
+        nothing = np.zeros(len(outer) + 1, int)
+        return _Chunk(np.empty(0, np.uint8), nothing, np.zeros(1, int), nothing[1:].astype(bool), metadata, fault)
+    rows, neurons, flat = outer.offsets.to_numpy(), inner.offsets.to_numpy(), inner.values
+    missing = np.asarray(outer.is_null()) | _any_null(inner, rows) | _any_null(flat, neurons[rows])
+    if flat.null_count:
+        flat = flat.fill_null(0)
+    return _Chunk(flat.to_numpy(zero_copy_only=True), rows, neurons, missing, metadata)
+
+
+def _is_list(array):
+    return isinstance(array, (pa.ListArray, pa.LargeListArray))
+
+
+def _any_null(values, offsets):
+    """Whether each stretch [offsets[i], offsets[i + 1]) of the values holds a null."""
+    if not values.null_count:
+        return np.zeros(len(offsets) - 1, bool)
+    nulls_before = np.concatenate([[0], np.cumsum(np.asarray(values.is_null()))])
+    return nulls_before[offsets[1:]] > nulls_before[offsets[:-1]]
+
+
+def _scan(number, chunk):
+    """The index of one chunk."""
+    n = np.diff(chunk.rows).astype(np.int64)
+    bins = np.diff(chunk.neurons[: chunk.rows[-1] + 1]).astype(np.int64)
+    shortest, longest, some = np.zeros_like(n), np.zeros_like(n), n > 0
+    if some.any():
+        shortest[some] = np.minimum.reduceat(bins, chunk.rows[:-1][some])
+        longest[some] = np.maximum.reduceat(bins, chunk.rows[:-1][some])
+    offset = chunk.neurons[chunk.rows[:-1]].astype(np.int64)
+
+    def look(row):
+        if chunk.fault:
+            return 0, chunk.fault
+        if chunk.missing[row]:
+            return 0, "missing: a null where counts should be"
+        if shortest[row] != longest[row]:
+            return 0, f"ragged: its neurons have from {shortest[row]} to {longest[row]} bins"
+        if not longest[row]:
+            return 0, f"empty: {n[row]} neurons x {longest[row]} bins"
+        counts = chunk.counts[offset[row] : offset[row] + n[row] * longest[row]]
+        if counts.dtype.kind == "i" and (least := counts.min()) < 0:
+            return 0, f"negative: a count of {least}"
+        # Finding the largest takes a tenth of the time of comparing each, and nearly no row holds one that is too large.
+        return (int(np.count_nonzero(counts > LARGEST_COUNT)) if counts.max() > LARGEST_COUNT else 0), ""
+
+    with ThreadPoolExecutor(max_workers=8) as pool:  # NumPy lets go of the interpreter, and a network disk likes company
+        clipped, fault = zip(*pool.map(look, range(len(n))), strict=True) if len(n) else ((), ())
+    texts = {name: chunk.metadata.get(name) or [""] * len(n) for name in (*METADATA, "identifier")}
+    names = zip(texts.pop("identifier"), *texts.values(), strict=True)
+    return Index(
+        id=[identifier or "/".join(part for part in parts if part) for identifier, *parts in names],
+        **texts,
+        n=n,
+        t=longest,
+        clipped=np.array(clipped, np.int64),
+        fault=list(fault),
+        chunk=np.full(len(n), number),
+        offset=offset,
+        stored_bins=longest,
+        first_bin=np.zeros_like(n),
+    )
+
+
+def _concatenate(parts):
+    """One index of many; a row without a name is called by its number."""
+    columns = {}
+    for field in fields(Index):
+        pieces = [getattr(part, field.name) for part in parts]
+        numeric = bool(pieces) and isinstance(pieces[0], np.ndarray)
+        columns[field.name] = np.concatenate(pieces) if numeric else [text for piece in pieces for text in piece]
+    columns["id"] = [name or f"row {row}" for row, name in enumerate(columns["id"])]
+    return Index(**columns)

@@ -1,0 +1,265 @@
+"""Spiking recordings as a language: 256 tokens, 255 separates the bins and 0 .. 254 are spike counts.
+
+A recording of n neurons reads [255, y_0, .., y_{n-1}, 255, ...]; there are no neuron names and no end marker. `build` makes the
+dataset: an endless sequence whose sample i is a pure function of (fingerprint, seed, i).
+"""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from torchtitan_bio.data import keyed, packing, ring_hmm, selection, sources
+from torchtitan_bio.data.batch import IGNORED, Batch
+from torchtitan_bio.data.recordings import LARGEST_COUNT, Recordings
+
+SEPARATOR = 255
+CODEC = "bin-separator-255, counts to 254"
+MODES = ("stream", "aligned", "legacy")
+BLOCK_TOKENS = 2**17  # transposed at a time, so that a block stays in the cache between its two copies
+CROP, SESSION_CROP = 4, 5  # names of random streams, beside those of packing
+
+
+@dataclass(frozen=True)
+class Sample:
+    """seq_len + 1 tokens. Positions [labels[0], labels[1]) are predicted, each from the one before it, but for `starts`: there
+    a recording begins, and nothing of it precedes."""
+
+    tokens: np.ndarray
+    labels: tuple[int, int]
+    starts: list[int]
+    origin: tuple[int, int]
+
+
+class Spikes:
+    """Windows of recordings. `index` has a row for each recording in use, `session` its session's number; `malformed` are the
+    rows that cannot be read and `not_scored` those too wide for a window, as (id, reason); `clipped` counts, by source, what
+    was read as 254."""
+
+    vocab_size = 256
+    scorer = "torchtitan_bio.science.scores:SpikeScores"
+
+    def __init__(
+        self, store, index, windows, fingerprint, *, mode, seq_len, seed, num_neurons, cross_recordings, malformed, not_scored
+    ):
+        self.store, self.index, self.windows, self.fingerprint = store, index, windows, fingerprint
+        self.mode, self.seq_len, self.seed, self.num_neurons = mode, seq_len, seed, num_neurons
+        self.cross_recordings, self.malformed, self.not_scored = cross_recordings, malformed, not_scored
+        self.session = selection.number_sessions(index)
+        self.clipped = Counter()
+        for source, clipped in zip(index.source_dataset, index.clipped.tolist(), strict=True):
+            self.clipped.update({source: clipped} if clipped else {})
+
+    def __len__(self):
+        """Samples in an epoch (in the first, where fractional source_weights make epochs differ)."""
+        return len(self.windows)
+
+    def width(self, row):
+        """Tokens a bin: the separator and the neurons in use."""
+        return 1 + (int(self.index.n[row]) if self.num_neurons is None else min(int(self.index.n[row]), self.num_neurons))
+
+    def neurons(self, row, epoch=None):
+        """Which neurons of a row are used, ascending; None for all. Training draws them by (seed, epoch, row). Evaluation and
+        `counts` (no epoch) draw them by (seed, session), so that a neuron is the same one in all rows of its session."""
+        n = int(self.index.n[row])
+        if self.num_neurons is None or n <= self.num_neurons:
+            return None
+        keys = (self.seed, SESSION_CROP, self._session_key(row)) if epoch is None else (self.seed, CROP, epoch, row)
+        return np.sort(keyed.order(n, *keys)[: self.num_neurons])
+
+    def _session_key(self, row):
+        parts = (self.index.source_dataset, self.index.subject_id, self.index.session_id)
+        return keyed.text_key("/".join(part[row] for part in parts))
+
+    def counts(self, row):
+        """(neurons, bins) of a whole recording as uint8, at most 254."""
+        return self._block(row, 0, int(self.index.t[row]), self.neurons(row))
+
+    def _block(self, row, begin, end, neurons):
+        block = self.store.block(self.index, row, begin, end)
+        if neurons is not None:
+            block = block[neurons]
+        if block.dtype != np.uint8 or self.index.clipped[row]:
+            block = np.minimum(block, LARGEST_COUNT).astype(np.uint8)
+        return block
+
+    def _write_tokens(self, row, begin, end, neurons, out):
+        """Tokens [begin, end) of a row into out."""
+        width = self.width(row)
+        block_bins = max(1, BLOCK_TOKENS // width)
+        for first in range(begin // width, -(-end // width), block_bins):
+            last = min(first + block_bins, -(-end // width))
+            bins = np.empty((last - first, width), np.uint8)
+            bins[:, 0] = SEPARATOR
+            bins[:, 1:] = np.ascontiguousarray(self._block(row, first, last, neurons)).T
+            start, stop = max(begin, first * width), min(end, last * width)
+            out[start - begin : stop - begin] = bins.reshape(-1)[start - first * width : stop - first * width]
+
+    def origin(self, i):
+        """(row, offset) of sample i without reading it; what `describe` puts in words."""
+        return self.windows.window(i).origin
+
+    def sample(self, i):
+        window = self.windows.window(i)
+        tokens, at, starts = np.empty(self.seq_len + 1, np.uint8), 0, []
+        epoch = None if getattr(self.windows, "overlap", False) else window.epoch
+        for row, begin, end in window.pieces:
+            if begin == 0 and self.mode != "legacy":
+                starts.append(at)
+            self._write_tokens(row, begin, end, self.neurons(row, epoch), tokens[at : at + end - begin])
+            at += end - begin
+        tokens[at:] = SEPARATOR
+        return Sample(tokens, window.labels, starts, window.origin)
+
+    def collate(self, samples):
+        """tokens uint8 and labels int16 (B, seq_len), shifted against each other here and nowhere else; cu_seqlens."""
+        tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
+        labels = tokens[:, 1:].to(torch.int16)
+        boundaries, inner = [], False
+        for number, sample in enumerate(samples):
+            begin, end = sample.labels
+            labels[number, : begin - 1] = IGNORED
+            labels[number, end - 1 :] = IGNORED
+            labels[number, [start - 1 for start in sample.starts if start]] = IGNORED
+            within = [start for start in sample.starts if 0 < start < self.seq_len]
+            boundaries += [number * self.seq_len + start for start in (0, *within)]
+            inner = inner or bool(within)
+        packed = inner and not self.cross_recordings
+        inputs = {
+            "tokens": tokens[:, :-1].contiguous(),
+            "labels": labels,
+            "cu_seqlens": torch.tensor([*boundaries, len(samples) * self.seq_len], dtype=torch.int32) if packed else None,
+        }
+        return Batch(inputs, {"next_token": int((labels != IGNORED).sum())}, [sample.origin for sample in samples])
+
+    def describe(self, origin):
+        row, offset = origin
+        bins = offset if self.mode == "aligned" else offset // self.width(row)
+        return f"{self.index.source_dataset[row]} {self.index.id[row]} (row {row}) from bin {bins}"
+
+
+def build(
+    *,
+    source,
+    seq_len,
+    split="train",
+    split_by="given",
+    mode="stream",
+    seed=0,
+    shuffle_rows=256,
+    cross_recordings=False,
+    include_sources=(),
+    exclude_sources=(),
+    source_weights=None,
+    num_neurons="all",
+    max_malformed_rows=0,
+    index_folder=None,
+    overlap=False,
+):
+    """The dataset that the settings of [data] describe. With `overlap` (mode aligned) it is the finite set for evaluation, in
+    which each count is scored once and source_weights have no say.
+
+    The index of large files is kept in `index_folder` (by default in the user's cache), so the process that builds first does
+    the work: one pass over the data. The others read what it left.
+    """
+    _check(mode, split_by, overlap, source_weights, num_neurons)
+    store, index = _open(source, split, split_by, index_folder)
+    index = selection.keep_sources(index, include_sources, exclude_sources)
+    index, malformed = selection.drop_malformed(index, max_malformed_rows)
+    index = selection.split_rows(index, split, split_by)
+    if not len(index):
+        raise ValueError(f"{source} has no recording in split {split!r}")
+    crop = None if num_neurons == "all" else num_neurons
+    n = index.n if crop is None else np.minimum(index.n, crop)
+    weights = None if overlap else selection.row_weights(index, source_weights or {})
+    draws = packing.Draws(len(index), seed=seed, weights=weights)
+    not_scored = []
+    if mode == "aligned":
+        windows = packing.Aligned(n, index.t, draws, seq_len=seq_len, seed=seed, overlap=overlap)
+        not_scored = _too_wide(index, n, seq_len, 2 if overlap else 1)
+    elif mode == "stream":
+        windows = packing.Stream((n + 1) * index.t, draws, seq_len=seq_len, seed=seed, shuffle_rows=shuffle_rows)
+    else:
+        windows = packing.Legacy((n + 1) * index.t, seq_len=seq_len)
+    fingerprint = {
+        "rows": hashlib.sha256(json.dumps([index.id, index.n.tolist(), index.t.tolist()]).encode()).hexdigest()[:16],
+        "num_rows": len(index),
+        "num_counts": int((index.n * index.t).sum()),
+        "codec": CODEC,
+        "seq_len": seq_len,
+        "mode": "aligned, overlapping" if overlap else mode,
+        "seed": seed,
+        "shuffle_rows": shuffle_rows if mode == "stream" else None,
+        "cross_recordings": cross_recordings,
+        "split": f"{split}, by {split_by}",
+        "include_sources": _brief(list(include_sources)),
+        "exclude_sources": _brief(list(exclude_sources)),
+        "source_weights": _brief({} if overlap else dict(source_weights or {})),
+        "num_neurons": num_neurons,
+    }
+    return Spikes(
+        store,
+        index,
+        windows,
+        fingerprint,
+        mode=mode,
+        seq_len=seq_len,
+        seed=seed,
+        num_neurons=crop,
+        cross_recordings=cross_recordings,
+        malformed=malformed,
+        not_scored=not_scored,
+    )
+
+
+def _check(mode, split_by, overlap, source_weights, num_neurons):
+    if mode not in MODES:
+        raise ValueError(f"data.mode={mode!r}; there are {', '.join(MODES)}")
+    if split_by not in selection.SPLIT_BY:
+        raise ValueError(f"data.split_by={split_by!r}; there are {', '.join(selection.SPLIT_BY)}")
+    if overlap and mode != "aligned":
+        raise ValueError(f"overlap=True makes an evaluation set and needs mode='aligned', not {mode!r}")
+    if num_neurons != "all" and num_neurons < 1:
+        raise ValueError(f'data.num_neurons={num_neurons}; it must be at least 1, or "all"')
+    if mode == "legacy" and (source_weights or num_neurons != "all"):
+        raise ValueError(
+            "data.mode='legacy' repeats the predecessor's order: source_weights and num_neurons have no place in it"
+        )
+
+
+def _open(source, split, split_by, index_folder):
+    """(store, its whole index) of the split; split_by other than given pools the splits of the files and divides them anew."""
+    if source.startswith("ring-hmm"):
+        if split_by != "given":
+            raise ValueError(f"{source} makes its own splits train and test: data.split_by must be 'given', not {split_by!r}")
+        store = ring_hmm.parse(source, split)
+        return store, store.index()
+    splits = sources.find_files(source, split)
+    if split_by == "given" and split not in splits:
+        raise ValueError(
+            f"{source} has no split {split!r}; it has {', '.join(sorted(splits))}. "
+            f"data.split_by='session' or 'time' makes train and test of it"
+        )
+    files = splits[split] if split_by == "given" else [file for name in sorted(splits, reverse=True) for file in splits[name]]
+    store = Recordings(files, index_folder)
+    return store, store.index()
+
+
+def _too_wide(index, n, seq_len, least_bins):
+    wide = np.flatnonzero(seq_len // (n + 1) < least_bins)
+    if len(wide) == len(n):
+        least = least_bins * (int(n.min()) + 1)
+        raise ValueError(f"training.seq_len={seq_len} holds {least_bins} bins of no recording; the smallest needs {least}")
+    return [
+        (index.id[row], f"{n[row]} neurons need seq_len >= {least_bins * (int(n[row]) + 1)}, it is {seq_len}")
+        for row in wide.tolist()
+    ]
+
+
+def _brief(value):
+    """A setting as it is, or its digest where it is too long for a fingerprint."""
+    text = json.dumps(value, sort_keys=True)
+    return value if len(text) <= 120 else f"{len(value)} entries, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"

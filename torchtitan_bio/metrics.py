@@ -1,0 +1,257 @@
+"""How fast, how good, how full: what a run says about itself.
+
+`Metrics` is what the training loop talks to; `MetricsFile` keeps the record: JSON lines with every digit. MFU counts the FLOPs
+that the mathematics needs, HFU those that the device performs, recomputation included, both over the device's dense peak.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+# Dense bfloat16 FLOP/s as the makers state them, without sparsity, of what torch counts as one device (one die of an MI250X).
+# The first name that the device's name contains as whole words decides.
+PEAK_FLOPS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX A6000": 154.8e12,
+    "RTX 4090": 165.2e12,
+    "MI355X": 2.5e15,
+    "MI325X": 1307e12,
+    "MI300X": 1307e12,
+    "MI250X": 191.5e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The device's peak; None for one that is not in the table or a part of one, since a guess would make every MFU a lie."""
+    words = f" {device_name.replace('-', ' ')} "
+    if " MIG " in words or " Laptop " in words:
+        return None
+    return next((peak for name, peak in PEAK_FLOPS.items() if f" {name} " in words), None)
+
+
+def mfu(flops: float, seconds: float, peak: float | None) -> float | None:
+    """The share of one device's peak that its FLOPs in so many seconds come to; None on unknown hardware."""
+    return None if peak is None else flops / seconds / peak
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this process has held so far: tensors on an accelerator, all of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB elsewhere
+
+
+def _plain(value):
+    """As JSON has it: numbers of numpy and torch become Python's, and what is not finite becomes null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(entry: dict, prefix: str):
+    """(path, number) of everything in a nested entry that a curve can be drawn of."""
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}/{key}")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}/{key}", value
+
+
+def _supersede(path: Path, resumed_from: int):
+    """Keep the lines of steps that will not run again, and replace the file in one move.
+
+    A run saves after it has validated, so both lines of the step that it resumes from are there to stay; one that starts at 0
+    validates at 0 again. The last line of a run that died may be torn: its step runs again.
+    """
+    kept = path.with_suffix(".kept")
+    with path.open(encoding="utf-8") as lines, kept.open("w", encoding="utf-8") as out:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith("\n"):
+                break
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number} is not a line of metrics ({error}); delete it, or move the file"
+                ) from error
+            if 0 < resumed_from >= step:
+                out.write(line)
+        out.flush()
+        os.fsync(out.fileno())
+    kept.replace(path)
+
+
+class MetricsFile:
+    """metrics.jsonl in the run folder, one object a line, and TensorBoard's tb/ if asked for. Other ranks than 0 write nothing.
+
+    `resumed_from`: the step whose checkpoint this run goes on from, 0 for a fresh start. Lines of steps that run again go.
+    """
+
+    def __init__(self, folder: str | Path, *, enabled: bool, resumed_from: int = 0, tensorboard: bool = False):
+        self._lines = self._board = None
+        if not enabled:
+            return
+        path = Path(folder) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _supersede(path, resumed_from)
+        self._lines = path.open("a", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(path.parent / "tb"), purge_step=resumed_from and resumed_from + 1)
+
+    def write(self, kind: str, step: int, **values):
+        if self._lines is None:
+            return
+        entry = _plain(values)
+        self._lines.write(json.dumps({"kind": kind, "step": step, **entry}, allow_nan=False) + "\n")
+        self._lines.flush()
+        if self._board is not None:
+            for path, number in _numbers(entry, kind):
+                self._board.add_scalar(path, number, step)
+
+    def close(self):
+        for out in (self._lines, self._board):
+            if out is not None:
+                out.close()
+        self._lines = self._board = None
+
+
+class Metrics:
+    """What the training loop tells: all of it goes to metrics.jsonl; validations and each log_freq-th step to the console too.
+
+    A step lasts from start_step() to train(): saving and validation are in no rate, but in the ETA. The loop has read the loss by
+    then, so the device is done too. `hfu_factor`: FLOPs performed for each that the mathematics needs.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        enabled: bool,
+        resume_step: int,
+        steps: int,
+        tokens_per_step: int,
+        log_freq: int,
+        tensorboard: bool,
+        device: torch.device,
+        hfu_factor: float,
+    ):
+        self._file = MetricsFile(folder, enabled=enabled, resumed_from=resume_step, tensorboard=tensorboard)
+        self._enabled, self._device, self._hfu_factor = enabled, device, hfu_factor
+        self._steps, self._tokens_per_step, self._log_freq = steps, tokens_per_step, log_freq
+        self._peak = peak_flops(device_name(device))
+        self._first_start, self._training_s = None, 0.0
+        self._unlogged = []  # (seconds, FLOPs) of the steps since the last line on the console
+        self.steps_here = 0  # steps that this process has done
+        self.headline = None  # (name, value) of the last validation's best known score, also of the run that this one resumes
+        for entry in read(folder) if enabled else []:
+            if entry["kind"] == "validation":
+                self.headline = (entry["headline"], entry[entry["headline"]])
+
+    def start_step(self):
+        self._started = time.perf_counter()
+        self._first_start = self._first_start or self._started
+
+    def data_ready(self):
+        self._data_wait_s = time.perf_counter() - self._started
+
+    def train(self, step: int, loss: float, grad_norm: float, lr: float, *, flops: float, skipped: bool = False):
+        """Step number `step` is done. `flops`: what the mathematics of this rank's part of it needs."""
+        now = time.perf_counter()
+        seconds = now - self._started
+        self._training_s += seconds
+        self._unlogged.append((seconds, flops))
+        self.steps_here += 1
+        share = mfu(flops, seconds, self._peak)
+        self._file.write(
+            "train",
+            step,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            skipped=skipped,
+            tokens=step * self._tokens_per_step,
+            tokens_per_s=self._tokens_per_step / seconds,
+            step_s=seconds,
+            data_wait_s=self._data_wait_s,
+            mfu=share,
+            hfu=None if share is None else share * self._hfu_factor,
+            peak_memory_gib=peak_memory_gib(self._device),
+        )
+        if self.steps_here == 1 or step % self._log_freq == 0 or step == self._steps:
+            self._print_step(step, loss, now)
+
+    def _print_step(self, step: int, loss: float, now: float):
+        """The rates are means over the steps since the line before."""
+        seconds, flops = (sum(column) / len(self._unlogged) for column in zip(*self._unlogged, strict=True))
+        self._unlogged = []
+        pauses = (now - self._first_start) / self._training_s  # as long and as frequent as they have been
+        self._print(
+            f"step {step:>{len(str(self._steps))}}/{self._steps}",
+            f"loss {loss:.4f}",
+            *([readable(*self.headline)] if self.headline else []),
+            f"{self._tokens_per_step / seconds:,.0f} tokens/s",
+            f"MFU {mfu(flops, seconds, self._peak):.1%}" if self._peak else "MFU n/a",
+            f"ETA {clock_time((self._steps - step) * seconds * pauses)}",
+        )
+
+    def validation(self, step: int, scores: dict, *, headline: str):
+        """The scores of the held-out set after so many steps; `headline` names the one that the console repeats."""
+        self.headline = (headline, scores[headline])
+        self._file.write("validation", step, **scores, headline=headline)
+        self._print(f"step {step:>{len(str(self._steps))}}/{self._steps}", f"validation: {readable(*self.headline)}")
+
+    def _print(self, *words: str):
+        if self._enabled:
+            print("  ".join(words), flush=True)
+
+    def close(self):
+        self._file.close()
+
+
+def read(folder: str | Path) -> list[dict]:
+    """All lines of a run folder's metrics.jsonl."""
+    with (Path(folder) / "metrics.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def readable(name: str, value: float) -> str:
+    """bits/spike 1.2345"""
+    return f"{name.replace('_per_', '/')} {value:.4f}"
+
+
+def clock_time(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,52 @@
+"""The table of model families, and the contract that each of them keeps.
+
+A family is a module with
+- `Architecture`: a frozen dataclass that holds every number of a model and refuses those that cannot work;
+- `FLAVORS`: name -> Architecture;
+- `flops_per_token(architecture, seq_len)`: floating-point operations of training on one token of a document of that length,
+  causal attention counted as half, linear in seq_len;
+- `Model(architecture, attend)`: an nn.Module without buffers, built on any device (meta too), with
+    blocks()                   the units to recompute, compile and shard, in order
+    init_weights(seed, store)  each parameter's full value, drawn from (seed, name) alone, given to store(parameter, value)
+    forward(inputs)            {term: summed loss, fp32 scalar}
+    logits(inputs)             where that has meaning
+"""
+
+import dataclasses
+import difflib
+import importlib
+
+FAMILIES = {"llama3": "torchtitan_bio.models.llama3"}
+
+
+def resolve(name: str, flavor: str, overrides: dict):
+    """The family's Architecture: a flavor with some numbers replaced. One ValueError, a line for each problem."""
+    if name not in FAMILIES:
+        raise ValueError(_unknown("model.name", name, FAMILIES))
+    family = importlib.import_module(FAMILIES[name])
+    problems = []
+    if flavor not in family.FLAVORS:
+        problems.append(_unknown("model.flavor", flavor, family.FLAVORS))
+    keys = [field.name for field in dataclasses.fields(family.Architecture)]
+    problems += [_unknown("model.overrides", key, keys) for key in overrides if key not in keys]
+    known = {key: value for key, value in overrides.items() if key in keys}
+    base = family.FLAVORS.get(flavor) or next(iter(family.FLAVORS.values()))
+    try:
+        architecture = dataclasses.replace(base, **known)
+    except ValueError as error:
+        problems += str(error).split("\n")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return architecture
+
+
+def build(name: str, architecture, attend=None):
+    """The model itself, on the device that is current; weights are what init_weights makes of them."""
+    return importlib.import_module(FAMILIES[name]).Model(architecture, attend)
+
+
+def _unknown(where: str, given: str, known) -> str:
+    by_lower = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(given.lower(), by_lower, n=1)
+    hint = f"; did you mean {by_lower[close[0]]!r}?" if close else ""
+    return f"{where}: {given!r} is not one of {', '.join(known)}{hint}"

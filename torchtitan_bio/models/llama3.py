@@ -1,0 +1,202 @@
+"""Llama 3: pre-norm, RMSNorm, SwiGLU, grouped-query attention, rotary positions in interleaved pairs. Meta's parameter names.
+
+Letters: B batch, S tokens of a row, H heads, D head dimension, T = B * S.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torchtitan_bio import attention
+from torchtitan_bio.models import layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    dim: int
+    """Width of the residual stream."""
+    num_layers: int
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    """Key and value heads; each serves num_heads / num_kv_heads query heads."""
+    ffn_dim: int
+    """Hidden width of the feed-forward part, as it is: no multiplier or rounding is applied."""
+    vocab_size: int = 256
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    """Base of the rotary wavelengths, which go from 2 pi to nearly 2 pi rope_theta tokens."""
+    rope_scaling_factor: float = 1.0
+    """Llama 3.1's stretch of long wavelengths; 1 is none."""
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_context: int = 8192
+    tie_embeddings: bool = False
+    """Use the embedding as the output projection too."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    def __post_init__(self):
+        problems = layers.problems_of_types(self)
+        if not problems:
+            numbers = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type is not bool}
+            problems = [
+                f"{name}={value!r} is not positive and finite" for name, value in numbers.items() if not 0 < value < math.inf
+            ]
+        if not problems:
+            if self.dim % self.num_heads:
+                problems.append(f"dim={self.dim} is not a multiple of num_heads={self.num_heads}")
+            elif self.head_dim % 2:
+                problems.append(
+                    f"dim / num_heads = {self.dim} / {self.num_heads} = {self.head_dim} is odd; rotary pairs need it even"
+                )
+            if self.num_heads % self.num_kv_heads:
+                problems.append(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+            if self.rope_low_freq_factor >= self.rope_high_freq_factor:
+                low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+                problems.append(f"rope_low_freq_factor={low} is not below rope_high_freq_factor={high}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+# ffn_dim from 250M on: 1.3 * int(8 / 3 * dim), rounded up to a multiple of 1,024, as Meta has it.
+FLAVORS = {
+    "debug": Architecture(dim=64, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=128, rope_theta=1e4),
+    "quickstart": Architecture(dim=64, num_layers=3, num_heads=4, num_kv_heads=4, ffn_dim=160, rope_theta=1e4),
+    "250M": Architecture(dim=1024, num_layers=16, num_heads=16, num_kv_heads=8, ffn_dim=4096, rope_theta=1e4),
+    "870M": Architecture(dim=2048, num_layers=16, num_heads=32, num_kv_heads=8, ffn_dim=7168, rope_theta=1e4),
+    "1B": Architecture(dim=2048, num_layers=16, num_heads=32, num_kv_heads=8, ffn_dim=7168),
+    "2B": Architecture(dim=3072, num_layers=16, num_heads=32, num_kv_heads=8, ffn_dim=11264, rope_theta=1e4),
+    "8B": Architecture(dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, ffn_dim=14336),
+}
+
+
+def flops_per_token(architecture: Architecture, seq_len: int) -> float:
+    """Training FLOPs: 6 a weight that multiplies (looking up an embedding is free), and attention over seq_len / 2 tokens.
+
+    Linear in seq_len: packed documents of lengths d cost the sum of d * flops_per_token(d).
+    """
+    a = architecture
+    attention_weights = 2 * a.dim * (a.num_heads + a.num_kv_heads) * a.head_dim
+    weights = a.num_layers * (attention_weights + 3 * a.dim * a.ffn_dim) + a.vocab_size * a.dim
+    # Scores and mixing are 2 FLOPs a pair of tokens, head and channel each; backward doubles forward.
+    attention_of_a_pair = 3 * 2 * 2 * a.num_layers * a.num_heads * a.head_dim
+    return 6.0 * weights + attention_of_a_pair * seq_len / 2
+
+
+class Attention(nn.Module):
+    def __init__(self, a: Architecture, attend):
+        super().__init__()
+        self.head_dim, self.attend = a.head_dim, attend
+        self.wq = nn.Linear(a.dim, a.num_heads * a.head_dim, bias=False)
+        self.wk = nn.Linear(a.dim, a.num_kv_heads * a.head_dim, bias=False)
+        self.wv = nn.Linear(a.dim, a.num_kv_heads * a.head_dim, bias=False)
+        self.wo = nn.Linear(a.num_heads * a.head_dim, a.dim, bias=False)
+
+    def forward(self, x, rope, cu_seqlens):
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.wq, self.wk, self.wv))
+        mixed = self.attend(layers.rotate(q, rope), layers.rotate(k, rope), v, causal=True, cu_seqlens=cu_seqlens)
+        return self.wo(mixed.flatten(-2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, a: Architecture):
+        super().__init__()
+        self.w1 = nn.Linear(a.dim, a.ffn_dim, bias=False)
+        self.w2 = nn.Linear(a.ffn_dim, a.dim, bias=False)
+        self.w3 = nn.Linear(a.dim, a.ffn_dim, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, a: Architecture, attend):
+        super().__init__()
+        self.attention = Attention(a, attend)
+        self.feed_forward = FeedForward(a)
+        self.attention_norm = nn.RMSNorm(a.dim, eps=a.norm_eps)
+        self.ffn_norm = nn.RMSNorm(a.dim, eps=a.norm_eps)
+
+    def forward(self, x, rope, cu_seqlens):
+        x = x + self.attention(self.attention_norm(x), rope, cu_seqlens)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Model(nn.Module):
+    """inputs: tokens (B, S), labels (B, S) with -100 where there is no target, cu_seqlens as in attention.Kernel or None."""
+
+    def __init__(self, architecture: Architecture, attend=None):
+        super().__init__()
+        a, attend = architecture, attend or attention.TORCH_CHOICE
+        self.architecture = a
+        self.tok_embeddings = nn.Embedding(a.vocab_size, a.dim)
+        self.layers = nn.ModuleList(Block(a, attend) for _ in range(a.num_layers))
+        self.norm = nn.RMSNorm(a.dim, eps=a.norm_eps)
+        self.output = None if a.tie_embeddings else nn.Linear(a.dim, a.vocab_size, bias=False)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    def forward(self, inputs: dict) -> dict[str, torch.Tensor]:
+        return {"next_token": layers.token_loss(self._hidden(inputs), self._output_weight(), inputs["labels"])}
+
+    def logits(self, inputs: dict) -> torch.Tensor:
+        """(B, S, vocab_size) in the compute type."""
+        return F.linear(self._hidden(inputs), self._output_weight())
+
+    def init_weights(self, seed: int, store=layers.copy_in_place):
+        for name, parameter in self.named_parameters():
+            full = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+            with torch.no_grad():
+                self._draw(full, name, layers.generator_for(name, seed, parameter.device))
+                store(parameter, full)
+
+    def _draw(self, full: torch.Tensor, name: str, generator: torch.Generator):
+        a = self.architecture
+        if name.endswith("norm.weight"):
+            full.fill_(1.0)
+            return
+        if name == "output.weight" or (name == "tok_embeddings.weight" and a.tie_embeddings):
+            std = a.dim**-0.5
+        elif name == "tok_embeddings.weight":
+            std = 1.0
+        elif name.endswith(("wo.weight", "w2.weight")):
+            # 2 * num_layers such terms add up in the residual stream.
+            std = 0.02 / math.sqrt(2 * a.num_layers)
+        else:
+            std = 0.02
+        nn.init.trunc_normal_(full, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+    def _hidden(self, inputs: dict) -> torch.Tensor:
+        tokens, cu_seqlens = inputs["tokens"], inputs.get("cu_seqlens")
+        if cu_seqlens is not None and len(cu_seqlens) == len(tokens) + 1:
+            cu_seqlens = None  # the boundaries of the rows and no others
+        # The table is not a buffer: to_empty would leave one uninitialised, and mixed precision round it to bf16.
+        rope = layers.rope_table(tokens.shape[1], self._frequencies(tokens.device))
+        x = self.tok_embeddings(tokens.long())
+        for block in self.layers:
+            x = block(x, rope, cu_seqlens)
+        return self.norm(x)
+
+    def _frequencies(self, device) -> torch.Tensor:
+        a = self.architecture
+        return layers.rope_frequencies(
+            a.head_dim,
+            a.rope_theta,
+            scaling_factor=a.rope_scaling_factor,
+            low_freq_factor=a.rope_low_freq_factor,
+            high_freq_factor=a.rope_high_freq_factor,
+            original_context=a.rope_original_context,
+            device=device,
+        )
+
+    def _output_weight(self) -> torch.Tensor:
+        """The weight itself, not its module: under FSDP it belongs to the root's unit, which is gathered throughout forward."""
+        return self.tok_embeddings.weight if self.output is None else self.output.weight
