@@ -214,8 +214,9 @@ def check(config: Config, world_size: int):
         problems.append(f"data.mode=legacy is defined on one rank, not {world_size}; use stream")
     if config.data.num_workers and not importlib.util.find_spec("torchdata"):
         problems.append(f"data.num_workers={config.data.num_workers} needs torchdata: pip install torchdata, or set it to 0")
-    if config.checkpoint.init_from and not Path(config.checkpoint.init_from).is_dir():
-        problems.append(f"checkpoint.init_from={config.checkpoint.init_from} is not a folder")
+    init_from, own = config.checkpoint.init_from, config_loader.run_folder(config) / "checkpoint"
+    if init_from and not own.is_dir() and not Path(init_from).is_dir():
+        problems.append(f"checkpoint.init_from={init_from} is not a folder")
     if problems:
         raise ConfigError(*problems)
     return architecture, global_batch_size

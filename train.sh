@@ -91,7 +91,7 @@ find_python() {
         constraints=$venv/constraints.txt
     fi
     say "installing $missing and what they need into $venv"
-    "$python" -m pip install --disable-pip-version-check --quiet -c "$constraints" -e "$here${extra:+[$extra]}" >&2
+    "$python" -m pip install --disable-pip-version-check -c "$constraints" -e "$here${extra:+[$extra]}" >&2
     report=$(look_at "$python" "${modules[@]}")
     read -r torch kind missing <<<"$report"
     if [[ -n $missing ]]; then stop "$venv still lacks $missing; delete it, or set VENV to another folder, and start again"; fi

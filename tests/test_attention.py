@@ -92,7 +92,9 @@ def test_a_refused_kernel_leaves_nothing_behind_and_what_it_warned_of_is_told():
 
 @pytest.mark.parametrize("name", ["fa3", "cudnn", "efficient"])
 def test_a_kernel_asked_for_by_name_is_never_replaced_by_another(name):
-    with pytest.raises(ValueError, match=f"'{name}' does not run on cpu in float32 with head dimension 16: .*needs a CUDA device"):
+    with pytest.raises(
+        ValueError, match=f"'{name}' does not run on cpu in float32 with head dimension 16: .*needs a CUDA device"
+    ):
         on_cpu(name)
 
 

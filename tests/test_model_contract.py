@@ -4,8 +4,8 @@ import dataclasses
 import importlib
 
 import pytest
-import toy_family
 import torch
+import toy_family
 
 from torchtitan_bio import models
 from torchtitan_bio.data.batch import Batch
@@ -131,7 +131,13 @@ def test_resolve_reports_every_problem_at_once_and_what_was_meant():
         models.resolve("llama3", "8b", {"dimm": 4, "num_layer": 2, "num_heads": "4", "norm_eps": True})
     lines = str(caught.value).split("\n")
     assert len(lines) == 5
-    for wanted in ("did you mean '8B'", "did you mean 'dim'", "did you mean 'num_layers'", "num_heads='4' is not int", "norm_eps"):
+    for wanted in (
+        "did you mean '8B'",
+        "did you mean 'dim'",
+        "did you mean 'num_layers'",
+        "num_heads='4' is not int",
+        "norm_eps",
+    ):
         assert any(wanted in line for line in lines), wanted
     with pytest.raises(ValueError, match="did you mean 'llama3'"):
         models.resolve("lama3", "debug", {})
@@ -141,7 +147,13 @@ def test_resolve_reports_numbers_that_do_not_fit_each_other():
     with pytest.raises(ValueError) as caught:
         models.resolve("llama3", "debug", {"dim": 30, "num_kv_heads": 3, "rope_low_freq_factor": 4.0})
     assert len(str(caught.value).split("\n")) == 3
-    for overrides in ({"dim": 0}, {"norm_eps": float("nan")}, {"rope_theta": float("inf")}, {"ffn_dim": -1}, {"vocab_size": 2.5}):
+    for overrides in (
+        {"dim": 0},
+        {"norm_eps": float("nan")},
+        {"rope_theta": float("inf")},
+        {"ffn_dim": -1},
+        {"vocab_size": 2.5},
+    ):
         with pytest.raises(ValueError, match=next(iter(overrides))):
             models.resolve("llama3", "debug", overrides)
     with pytest.raises(ValueError, match="60 / 4 = 15 is odd"):

@@ -75,6 +75,7 @@ def test_a_stream_epoch_predicts_every_token_but_first_ones_once_from_the_right_
     texts = documents(folder)
     total = sum(map(len, texts))
     assert len(dataset) == -(-(total - 1) // seq_len)
+    assert len({tuple(dataset.windows.epochs.table(epoch).rows) for epoch in range(10)}) > 5
     for epoch in (0, 3):
         predicted = Counter()
         for i in range(epoch * len(dataset), (epoch + 1) * len(dataset)):
@@ -99,21 +100,23 @@ def test_a_stream_epoch_predicts_every_token_but_first_ones_once_from_the_right_
         assert predicted == Counter((row, position) for row, text in enumerate(texts) for position in range(1, len(text)))
 
 
-def test_document_starts_are_boundaries_of_attention_unless_recordings_may_be_crossed(folder):
+@pytest.mark.parametrize("seq_len", [2, 7, 40])
+def test_document_starts_are_boundaries_of_attention_unless_recordings_may_be_crossed(folder, seq_len):
     texts = documents(folder)
-    dataset, crossing = (build(folder, mode="stream", seq_len=40, cross_recordings=cross) for cross in (False, True))
+    dataset, crossing = (build(folder, mode="stream", seq_len=seq_len, cross_recordings=cross) for cross in (False, True))
     samples = [dataset.sample(i) for i in range(len(dataset))]
     batch = dataset.collate(samples)
     boundaries = batch.inputs["cu_seqlens"].tolist()
-    assert boundaries == sorted(set(boundaries)) and boundaries[0] == 0 and boundaries[-1] == 40 * len(samples)
-    assert set(range(0, boundaries[-1] + 1, 40)) <= set(boundaries)
+    assert boundaries == sorted(set(boundaries)) and boundaries[0] == 0 and boundaries[-1] == seq_len * len(samples)
+    edges = set(range(0, boundaries[-1] + 1, seq_len))
+    assert edges <= set(boundaries)
     order = dataset.windows.epochs.table(0).rows
     ends = np.cumsum([len(texts[row]) for row in order])[:-1].tolist()
-    starts = {(texts_begin // 40, texts_begin % 40) for texts_begin in ends}
+    inner = [(begin // seq_len, begin % seq_len) for begin in ends if begin % seq_len]
     # The origin tells which window of the unshuffled stream each sample is.
     begins = dict(zip(order.tolist(), [0, *ends], strict=True))
-    number = {(begins[row] + offset) // 40: i for i, (row, offset) in enumerate(batch.origins)}
-    assert set(boundaries) - set(range(0, boundaries[-1] + 1, 40)) == {number[w] * 40 + at for w, at in starts if at}
+    number = {(begins[row] + offset) // seq_len: i for i, (row, offset) in enumerate(batch.origins)}
+    assert set(boundaries) - edges == {number[window] * seq_len + at for window, at in inner}
     plain = crossing.collate([crossing.sample(i) for i in range(len(crossing))])
     assert plain.inputs["cu_seqlens"] is None and plain.counts == batch.counts
     assert (plain.inputs["labels"] == batch.inputs["labels"]).all()

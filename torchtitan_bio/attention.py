@@ -26,7 +26,7 @@ SHORT_DOCUMENT = 4096
 """Mean tokens a document below which one launch of a slower variable-length kernel is preferred to one launch a document."""
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-"""Largest error over the largest value: a few roundings of the type (TF32's for fp32). A wrong mask or head errs by over 0.1."""
+"""Largest error over the largest value: a few roundings of the type (TF32's for fp32). A wrong mask or head errs by > 0.1."""
 
 
 @dataclass(frozen=True)

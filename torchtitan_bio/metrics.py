@@ -149,8 +149,8 @@ class MetricsFile:
 class Metrics:
     """What the training loop tells: all of it goes to metrics.jsonl; validations and each log_freq-th step to the console too.
 
-    A step lasts from start_step() to train(): saving and validation are in no rate, but in the ETA. The loop has read the loss by
-    then, so the device is done too. `hfu_factor`: FLOPs performed for each that the mathematics needs.
+    A step lasts from start_step() to train(): saving and validation are in no rate, but in the ETA. The loop has read the loss
+    by then, so the device is done too. `hfu_factor`: FLOPs performed for each that the mathematics needs.
     """
 
     def __init__(

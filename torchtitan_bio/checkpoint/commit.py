@@ -75,7 +75,7 @@ def write(staging: Path, tensors: dict[str, torch.Tensor], documents: dict[str, 
 
 
 def discard(staging: Path) -> int:
-    """Remove what was written in vain; how many bytes were free before. What cannot be removed is a leftover, no second error."""
+    """Remove what was written in vain (the rest of it is a leftover, no second error); how many bytes were free before."""
     free = shutil.disk_usage(staging.parent).free
     shutil.rmtree(staging, ignore_errors=True)
     return free

@@ -4,6 +4,7 @@ Only Philox's raw bits are used. NumPy promises to keep those for ever, and does
 """
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 
@@ -63,3 +64,9 @@ class Permutation:
             i = left << self.half | right
             if i < self.size:
                 return i
+
+
+@lru_cache(maxsize=64)
+def permutation(size, *keys):
+    """A Permutation, kept for the next window of the same buffer."""
+    return Permutation(size, *keys)

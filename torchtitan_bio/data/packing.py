@@ -104,7 +104,7 @@ class Stream:
         table = self.epochs.table(epoch)
         buffer = int(np.searchsorted(table.buffers, i, side="right")) - 1
         first, end = int(table.buffers[buffer]), int(table.buffers[buffer + 1])
-        chosen = first + keyed.Permutation(end - first, self.seed, WINDOW_ORDER, epoch, buffer)[i - first]
+        chosen = first + keyed.permutation(end - first, self.seed, WINDOW_ORDER, epoch, buffer)[i - first]
         begin = chosen * self.seq_len
         pieces = _pieces(table.rows, table.ends, begin, begin + self.seq_len + 1)
         num_tokens = sum(end - begin for _, begin, end in pieces)
@@ -186,7 +186,7 @@ class Aligned:
         epoch, i = self.epochs.locate(i)
         table = self.epochs.table(epoch)
         if not self.overlap:
-            i = keyed.Permutation(table.num_windows, self.seed, WINDOW_ORDER, epoch)[i]
+            i = keyed.permutation(table.num_windows, self.seed, WINDOW_ORDER, epoch)[i]
         draw = int(np.searchsorted(table.ends, i, side="right"))
         row = int(table.rows[draw])
         number = i - (int(table.ends[draw - 1]) if draw else 0)

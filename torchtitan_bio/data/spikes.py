@@ -20,6 +20,7 @@ SEPARATOR = 255
 CODEC = "bin-separator-255, counts to 254"
 MODES = ("stream", "aligned", "legacy")
 BLOCK_TOKENS = 2**17  # transposed at a time, so that a block stays in the cache between its two copies
+DIRECT_TOKENS = 2**14
 CROP, SESSION_CROP = 4, 5  # names of random streams, beside those of packing
 
 
@@ -89,14 +90,20 @@ class Spikes:
     def _write_tokens(self, row, begin, end, neurons, out):
         """Tokens [begin, end) of a row into out."""
         width = self.width(row)
+        first, last = -(-begin // width), end // width  # whole bins, which are written where they belong
         block_bins = max(1, BLOCK_TOKENS // width)
-        for first in range(begin // width, -(-end // width), block_bins):
-            last = min(first + block_bins, -(-end // width))
-            bins = np.empty((last - first, width), np.uint8)
+        for at in range(first, last, block_bins):
+            stop = min(at + block_bins, last)
+            bins = out[at * width - begin : stop * width - begin].reshape(stop - at, width)
             bins[:, 0] = SEPARATOR
-            bins[:, 1:] = np.ascontiguousarray(self._block(row, first, last, neurons)).T
-            start, stop = max(begin, first * width), min(end, last * width)
-            out[start - begin : stop - begin] = bins.reshape(-1)[start - first * width : stop - first * width]
+            block = self._block(row, at, stop, neurons)
+            # Transposing straight from the file is up to 2.8x slower on large blocks, and up to 2x faster on those that fit L1.
+            bins[:, 1:] = (block if block.size <= DIRECT_TOKENS else np.ascontiguousarray(block)).T
+        for part in {begin // width, (end - 1) // width}:
+            start, stop = max(begin, part * width), min(end, (part + 1) * width)
+            if stop - start < width:  # a bin that the window cuts
+                whole = np.append(np.uint8(SEPARATOR), self._block(row, part, part + 1, neurons))
+                out[start - begin : stop - begin] = whole[start - part * width : stop - part * width]
 
     def origin(self, i):
         """(row, offset) of sample i without reading it; what `describe` puts in words."""
@@ -118,12 +125,15 @@ class Spikes:
         """tokens uint8 and labels int16 (B, seq_len), shifted against each other here and nowhere else; cu_seqlens."""
         tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
         labels = tokens[:, 1:].to(torch.int16)
-        boundaries, inner = [], False
+        boundaries, inner, num_targets = [], False, 0
         for number, sample in enumerate(samples):
             begin, end = sample.labels
+            firsts = [start for start in sample.starts if begin <= start < end]
             labels[number, : begin - 1] = IGNORED
             labels[number, end - 1 :] = IGNORED
-            labels[number, [start - 1 for start in sample.starts if start]] = IGNORED
+            if firsts:
+                labels[number, [start - 1 for start in firsts]] = IGNORED
+            num_targets += end - begin - len(firsts)
             within = [start for start in sample.starts if 0 < start < self.seq_len]
             boundaries += [number * self.seq_len + start for start in (0, *within)]
             inner = inner or bool(within)
@@ -133,7 +143,7 @@ class Spikes:
             "labels": labels,
             "cu_seqlens": torch.tensor([*boundaries, len(samples) * self.seq_len], dtype=torch.int32) if packed else None,
         }
-        return Batch(inputs, {"next_token": int((labels != IGNORED).sum())}, [sample.origin for sample in samples])
+        return Batch(inputs, {"next_token": num_targets}, [sample.origin for sample in samples])
 
     def describe(self, origin):
         row, offset = origin

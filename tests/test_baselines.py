@@ -1,0 +1,161 @@
+"""The ladder on the embedded recording reaches the known figures, and each baseline equals a plain-loop account of it."""
+
+from collections import Counter
+from math import lgamma, log
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from torchtitan_bio.data import spikes
+from torchtitan_bio.science import baselines
+
+
+class Rows:
+    """A data set of given recordings, all of one session unless named otherwise."""
+
+    def __init__(self, *recordings, sessions=None):
+        same = ["x"] * len(recordings)
+        self.recordings, self.not_scored = recordings, []
+        self.index = SimpleNamespace(
+            id=[str(row) for row in range(len(recordings))], source_dataset=same, subject_id=same, session_id=sessions or same
+        )
+
+    def counts(self, row):
+        return self.recordings[row]
+
+    def width(self, row):
+        return 1 + len(self.recordings[row])
+
+
+def draw(seed, *shape, mean=0.7):
+    return np.random.default_rng(seed).poisson(mean, shape).astype(np.uint8)
+
+
+def one_session(*recordings):
+    return baselines.gather(Rows(*recordings), range(len(recordings)))
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture(scope="module")
+def embedded_ladder():
+    train, test = (spikes.build(source="embedded:a2929", split=split, seq_len=512) for split in ("train", "test"))
+    return dict(baselines.ladder(train, test))
+
+
+@pytest.mark.parametrize(
+    "name, bits_per_spike",
+    [
+        ("pooled token 3-gram (the predecessor's)", -1.07),
+        ("Poisson null (oracle)", 0.0),
+        ("per-neuron histogram", 0.246),
+        ("Poisson GLM (past)", 1.093),
+        ("Poisson GLM (past + same bin)", 1.113),
+        ("own-history n-gram", 1.181),
+    ],
+)
+def test_the_embedded_recording_gives_the_known_figure_within_0_01_bits(embedded_ladder, name, bits_per_spike):
+    assert embedded_ladder[name] == pytest.approx(bits_per_spike, abs=0.01)
+
+
+def test_the_oracle_null_pools_a_sessions_recordings_before_it_takes_means():
+    a, b = draw(0, 3, 40), draw(1, 3, 25, mean=2.0)
+    b[2] = a[2] = 0  # a silent neuron costs nothing
+    whole, nats = np.concatenate([a, b], axis=1), 0.0
+    for neuron in whole[:2].tolist():
+        mean = sum(neuron) / len(neuron)
+        nats += sum(mean - y * log(mean) + lgamma(y + 1) for y in neuron)
+    assert baselines.poisson_null(one_session(a, b)) == pytest.approx(nats, rel=1e-12)
+
+
+def witten_bell(seen, neuron, history, y):
+    """The definition, by recursion over a list of (neuron, history, count)."""
+    if history is None:
+        return 1 / 255
+    follow = Counter(count for other, past, count in seen if other == neuron and past[: len(history)] == history)
+    shorter = witten_bell(seen, neuron, history[:-1] if history else None, y)
+    total, distinct = sum(follow.values()), len(follow)
+    return (follow[y] + distinct * shorter) / (total + distinct) if total else shorter
+
+
+@pytest.mark.parametrize("block_counts", [1, 2**21])
+def test_the_n_gram_equals_the_recursive_definition_and_its_past_stops_at_a_recordings_start(monkeypatch, block_counts):
+    monkeypatch.setattr(baselines, "BLOCK_COUNTS", block_counts)
+
+    def events(*recordings):
+        for counts in recordings:
+            for neuron, row in enumerate(counts.tolist()):
+                for i, y in enumerate(row):
+                    yield neuron, tuple(row[i - lag] if i >= lag else 0 for lag in (1, 2, 3)), y
+
+    train, test = [draw(0, 2, 60), draw(1, 2, 30)], [draw(2, 2, 20, mean=1.5), draw(3, 2, 1)]
+    seen = list(events(*train))
+    expected = [
+        -sum(log(witten_bell(seen, neuron, past[:order], y)) for neuron, past, y in events(*test)) for order in range(4)
+    ]
+    assert baselines.own_history(one_session(*train), one_session(*test), quiet) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_token_trigram_equals_counting_over_the_written_stream():
+    def stream(*recordings):
+        return [255, 255, *(token for counts in recordings for bin in counts.T.tolist() for token in (255, *bin))]
+
+    train, test = [draw(0, 3, 30), draw(1, 3, 10)], [draw(2, 3, 20)]
+    tokens = stream(*train)
+    three = Counter(zip(tokens, tokens[1:], tokens[2:], strict=False))
+    two = Counter(zip(tokens[:-1], tokens[1:-1], strict=False))
+    held_out = stream(*test)
+    nats = 0.0
+    for a, b, c in zip(held_out, held_out[1:], held_out[2:], strict=False):
+        nats -= log((three[a, b, c] + 1) / (two[a, b] + 256)) if c != 255 else 0.0
+    model = baselines.TokenTrigram()
+    model.add(one_session(*train))
+    assert model.nats(one_session(*test)) == pytest.approx(nats, rel=1e-12)
+
+
+@pytest.mark.parametrize("same_bin", [False, True])
+def test_the_gradient_of_the_plain_penalised_loss_vanishes_at_the_glms_weights(same_bin):
+    recordings = [draw(0, 3, 300), draw(1, 3, 200, mean=0.3)]
+    lags = range(0 if same_bin else 1, 4)
+    weights = baselines.fit_poisson(baselines.Regressors(one_session(*recordings), lags), quiet, tolerance=1e-12)
+    if same_bin:
+        assert weights[:3].tril().abs().max() == 0  # neuron i is not told of itself nor of later ones
+    weights.requires_grad_()
+    loss = 0.0
+    for counts in recordings:
+        padded = np.concatenate([np.zeros((3, 3)), np.log1p(counts.T.astype(float))])
+        design = np.concatenate([padded[3 - lag : len(padded) - lag] for lag in lags] + [np.ones((counts.shape[1], 1))], axis=1)
+        log_rate = torch.tensor(design) @ weights
+        loss = loss + (log_rate.exp() - torch.tensor(counts.T) * log_rate).sum()
+    spikes = torch.tensor(sum(counts.sum(axis=1).astype(float) for counts in recordings))
+    loss = loss + 0.5 * (weights[:-1].square().sum() + (weights[-1] - torch.log((spikes + 0.5) / 501)).square().sum())
+    (gradient,) = torch.autograd.grad(loss, weights)
+    if same_bin:
+        gradient[:3] = gradient[:3].triu(1)
+    assert gradient.abs().max() < 1e-5
+
+
+def test_a_neuron_silent_in_training_costs_a_finite_score():
+    train, test = draw(0, 3, 200), draw(1, 3, 50)
+    train[1] = 0
+    scores = dict(baselines.ladder(Rows(train), Rows(test), quiet))
+    assert all(np.isfinite(list(scores.values())))
+
+
+def test_recordings_of_sessions_without_training_data_are_left_out_and_said_to_be():
+    train, lines = Rows(draw(0, 3, 200)), []
+    known, unknown = draw(1, 3, 50), draw(2, 3, 50)
+    mixed = baselines.ladder(train, Rows(known, unknown, sessions=["x", "y"]), lines.append)
+    assert mixed == baselines.ladder(train, Rows(known), lines.append)
+    assert lines == ["baselines: 1 of 2 held-out recordings left out, no training data of their session"]
+    assert baselines.ladder(train, Rows(unknown, sessions=["y"]), quiet) == []
+
+
+def test_of_a_session_with_too_many_counts_the_last_recordings_are_fitted():
+    parts = [draw(seed, 2, 10) for seed in range(4)]
+    some = baselines.gather(Rows(*parts), range(4), max_counts=45)
+    np.testing.assert_array_equal(some.counts[:, some.inside], np.concatenate(parts[2:], axis=1))

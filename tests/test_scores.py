@@ -1,0 +1,215 @@
+"""Scores equal a plain float64 account of their formulas, on any division of the windows over ranks."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from math import exp, lgamma, log
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from torchtitan_bio.data import loader, spikes
+from torchtitan_bio.data.batch import IGNORED
+from torchtitan_bio.science import scores
+
+RECORDINGS = [  # source, session, neurons, bins
+    ("a", "1", 3, 23),
+    ("a", "1", 3, 9),
+    ("a", "2", 2, 14),
+    ("b", "1", 5, 11),
+    ("b", "3", 1, 1),
+]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Windows of several recordings of two sources, two of them of one session; one neuron is silent, one count is large."""
+    random = np.random.default_rng(0)
+    recordings = [random.poisson(0.8, (n, t)).astype(np.uint8) for _, _, n, t in RECORDINGS]
+    recordings[2][0], recordings[3][1, 4] = 0, 200
+    sources, sessions = ([recording[i] for recording in RECORDINGS] for i in (0, 1))
+    path = tmp_path_factory.mktemp("rows") / "test.parquet"
+    pq.write_table(
+        pa.table(
+            {
+                "spike_counts": pa.array([counts.tolist() for counts in recordings], pa.list_(pa.list_(pa.uint8()))),
+                "subject_id": ["s"] * len(recordings),
+                "session_id": sessions,
+                "segment_id": [str(row) for row in range(len(recordings))],
+                "source_dataset": sources,
+            }
+        ),
+        path,
+    )
+    return spikes.build(
+        source=str(path.parent), split="test", mode="aligned", overlap=True, seq_len=24, index_folder=path.parent / "index"
+    )
+
+
+def fake_logits(batch, dtype=torch.float64):
+    """A number for each (window, position, token) that does not depend on how windows are batched."""
+    rows = []
+    for row, offset in batch.origins:
+        generator = torch.Generator().manual_seed(1000 * row + offset)
+        rows.append(torch.randn(batch.inputs["labels"].shape[1], 256, generator=generator, dtype=torch.float64) * 2)
+    filler = batch.inputs["labels"].shape[0] - len(rows)
+    return torch.stack(rows + [torch.zeros(batch.inputs["labels"].shape[1], 256).double()] * filler).to(dtype)
+
+
+def scored(dataset, rank=0, world_size=1, local_batch_size=3, dtype=torch.float64):
+    model = scores.SpikeScores(dataset)
+    for batch in loader.finite(dataset, local_batch_size=local_batch_size, rank=rank, world_size=world_size):
+        model.add(fake_logits(batch, dtype), batch)
+    return model
+
+
+def plain_account(dataset, sources):
+    """The formulas of the specification, token by token in Python floats."""
+    events, separators = [], []  # (session, neuron, count, ln q, ln(1 - p(B)), mean), and -ln p(B)
+    for i in range(len(dataset)):
+        batch = dataset.collate([dataset.sample(i)])
+        row, _ = batch.origins[0]
+        if dataset.index.source_dataset[row] not in sources:
+            continue
+        n = int(dataset.index.n[row])
+        for position, (label, logits) in enumerate(
+            zip(batch.inputs["labels"][0].tolist(), fake_logits(batch)[0].tolist(), strict=True)
+        ):
+            if label == IGNORED:
+                continue
+            weights = [exp(value) for value in logits]
+            if label == 255:
+                separators.append(-log(weights[255] / sum(weights)))
+                continue
+            q = [value / sum(weights[:255]) for value in weights[:255]]
+            mean = sum(k * value for k, value in enumerate(q))
+            session = (dataset.index.source_dataset[row], dataset.index.session_id[row])
+            events.append(
+                (session, (position + 1) % (n + 1), label, log(q[label]), -log(1 - weights[255] / sum(weights)), mean)
+            )
+    poisson = histogram = rate = 0.0
+    by_neuron = {}
+    for session, neuron, count, *_, mean in events:
+        by_neuron.setdefault((session, neuron), []).append(count)
+        rate += mean - count * log(mean) + lgamma(count + 1)
+    for counts in by_neuron.values():
+        lam = sum(counts) / len(counts)
+        poisson += sum(lam - (y * log(lam) if y else 0) + lgamma(y + 1) for y in counts)
+        histogram -= sum(log(counts.count(y) / len(counts)) for y in counts)
+    nll, leak = -sum(event[3] for event in events), sum(event[4] for event in events)
+    num_spikes = sum(event[2] for event in events)
+    return {
+        "nll": nll / len(events),
+        "nll_all": (nll + leak + sum(separators)) / (len(events) + len(separators)),
+        "nll_bos": sum(separators) / len(separators) if separators else None,
+        "leak": leak / len(events),
+        "bits_per_count": nll / len(events) / log(2),
+        "bits_per_spike": (poisson - nll) / num_spikes / log(2),
+        "bits_per_spike_hist": (histogram - nll) / num_spikes / log(2),
+        "bits_per_spike_rate": (poisson - rate) / num_spikes / log(2),
+        "null_nll": poisson / len(events),
+        "hist_nll": histogram / len(events),
+        "spikes": num_spikes,
+        "counts": len(events),
+        "tokens": len(events) + len(separators),
+    }
+
+
+def test_every_score_equals_a_plain_account_of_the_formulas(dataset):
+    result = scored(dataset).result()
+    assert result["counts"] == sum(n * t for *_, n, t in RECORDINGS)
+    for found, sources in ((result, "ab"), (result["sources"]["a"], "a"), (result["sources"]["b"], "b")):
+        expected = plain_account(dataset, sources)
+        assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-10)
+    a, b = result["sources"]["a"], result["sources"]["b"]
+    assert result["macro"] == pytest.approx({name: (a[name] + b[name]) / 2 for name in result["macro"]}, rel=1e-12)
+    assert result["windows"] == len(dataset) == a["windows"] + b["windows"]
+
+
+def results_of_ranks(models):
+    """Each model's result on a thread of its own, with sums over all of them."""
+    barrier, brought = threading.Barrier(len(models)), [None] * len(models)
+
+    def result(rank):
+        def sum_array(array):
+            brought[rank] = array
+            barrier.wait(10)
+            total = sum(brought)
+            barrier.wait(10)
+            return total
+
+        return models[rank].result(sum_array)
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        return list(pool.map(result, range(len(models))))
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 40])
+def test_ranks_that_add_up_their_sums_get_the_scores_of_one_process(dataset, world_size):
+    ranks = results_of_ranks([scored(dataset, rank, world_size, local_batch_size=1) for rank in range(world_size)])
+    whole = flatten(scored(dataset).result())
+    for rank in ranks:
+        assert flatten(rank) == pytest.approx(whole, rel=1e-12)
+
+
+def flatten(scores):
+    return {
+        f"{prefix}{name}": value
+        for prefix, part in [("", scores), ("macro ", scores["macro"]), *scores["sources"].items()]
+        for name, value in part.items()
+        if not isinstance(value, dict)
+    }
+
+
+def test_fp32_and_chunks_change_nothing_that_matters(dataset, monkeypatch):
+    monkeypatch.setattr(scores, "CHUNK_TOKENS", 7)
+    assert flatten(scored(dataset, dtype=torch.float32).result()) == pytest.approx(flatten(scored(dataset).result()), rel=1e-6)
+
+
+def test_a_leak_of_a_billionth_is_measured_and_not_rounded_to_zero():
+    logits = torch.zeros(1, 256)
+    logits[0, 255] = -15.0
+    terms = scores.token_terms(logits, torch.tensor([0]), torch.tensor([3]))
+    assert terms["leak"][0] == pytest.approx(exp(-15) / 255, rel=1e-5)
+    assert terms["nll"][0] == pytest.approx(log(255), rel=1e-6)
+
+
+def test_a_model_that_knows_nothing_pays_ln_255_a_count(dataset):
+    model = scores.SpikeScores(dataset)
+    for batch in loader.finite(dataset, local_batch_size=4, rank=0, world_size=1):
+        model.add(torch.zeros(*batch.inputs["labels"].shape, 256), batch)
+    assert model.result()["nll"] == pytest.approx(log(255), rel=1e-6)
+
+
+def test_window_sums_add_up_to_the_whole(dataset):
+    model = scores.SpikeScores(dataset, keep_windows=True)
+    for batch in loader.finite(dataset, local_batch_size=4, rank=0, world_size=1):
+        model.add(fake_logits(batch), batch)
+    result = model.result()
+    assert sum(nll for _, nll, _ in model.window_nll) == pytest.approx(result["nll"] * result["counts"], rel=1e-12)
+    assert [origin for origin, _, _ in model.window_nll] == [dataset.origin(i) for i in range(len(dataset))]
+
+
+def test_nothing_scored_gives_none_and_zeros(dataset):
+    result = scores.SpikeScores(dataset).result()
+    assert result["bits_per_spike"] is None and result["nll"] is None and result["counts"] == 0
+
+
+def test_windows_that_do_not_start_at_a_separator_are_refused():
+    stream = spikes.build(source="embedded:a2929", split="test", mode="stream", seq_len=50)
+    batch = stream.collate([stream.sample(1)])
+    with pytest.raises(ValueError, match="does not start at a separator.*mode='aligned', overlap=True"):
+        scores.SpikeScores(stream).add(torch.zeros(1, 50, 256), batch)
+
+
+def test_the_embedded_recordings_null_is_that_of_both_halves_as_one_session():
+    halves = spikes.build(source="embedded:a2929", split="test", mode="aligned", overlap=True, seq_len=512)
+    model = scores.SpikeScores(halves)
+    for batch in loader.finite(halves, local_batch_size=64, rank=0, world_size=1):
+        model.add(torch.zeros(*batch.inputs["labels"].shape, 256), batch)
+    result = model.result()
+    assert (result["spikes"], result["counts"]) == (18592, 15 * 12000)
+    # Pooled over both halves; a null for each half would be lower by 0.066 bits/spike.
+    assert result["null_nll"] == pytest.approx(0.32579226798, rel=1e-9)
