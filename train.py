@@ -358,7 +358,7 @@ def score(step: int, config: Config, model, held_out, world, log):
     started = time.perf_counter()
     scores = validate(model, held_out, world, local_batch_size=size, max_windows=section.max_windows)
     scores |= {"max_windows": section.max_windows, "seconds": time.perf_counter() - started}
-    log.validation(step, scores, headline=named(held_out.scorer).HEADLINE)
+    log.validation(step, scores, headline=held_out.headline)
 
 
 def count_flops(family: str, architecture, microbatches) -> float:

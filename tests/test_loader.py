@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from torchtitan_bio.data import loader
+from torchtitan_bio.data import loader, spikes
 from torchtitan_bio.data.batch import IGNORED, Batch
 
 
@@ -133,3 +133,19 @@ def test_the_subset_is_sorted_fixed_and_of_the_asked_size():
     assert chosen == loader.subset(1000, 64) != loader.subset(1000, 64, seed=1)
     assert set(loader.subset(1000, 32)) < set(chosen)
     assert loader.subset(10, 64) == list(range(10))
+
+
+def test_recordings_arrive_in_the_same_order_on_any_number_of_ranks_and_workers_and_after_a_resume():
+    dataset = spikes.build(source="embedded:a2929", split="train", mode="stream", seq_len=128, seed=3)
+
+    def tokens(step):
+        return torch.cat([batch.inputs["tokens"] for batch in step])
+
+    whole = [tokens(step) for step in build(dataset, local_batch_size=4)]
+    assert torch.equal(whole[0], torch.stack([torch.from_numpy(dataset.sample(i).tokens[:-1]) for i in range(28)]))
+    for world_size in (2, 7):
+        ranks = [build(dataset, rank=rank, world_size=world_size, local_batch_size=2) for rank in range(world_size)]
+        for step, slices in enumerate(zip(*ranks, strict=True)):
+            assert torch.equal(torch.cat([tokens(part) for part in slices]), whole[step])
+    resumed = [tokens(step) for step in build(dataset, num_workers=2, local_batch_size=4, start_step=1)]
+    assert len(resumed) == 2 and all(map(torch.equal, resumed, whole[1:]))

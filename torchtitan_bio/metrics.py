@@ -245,9 +245,9 @@ def read(folder: str | Path) -> list[dict]:
         return [json.loads(line) for line in lines]
 
 
-def readable(name: str, value: float) -> str:
+def readable(name: str, value: float | None) -> str:
     """bits/spike 1.2345"""
-    return f"{name.replace('_per_', '/')} {value:.4f}"
+    return f"{name.replace('_per_', '/')} {'n/a' if value is None else f'{value:.4f}'}"
 
 
 def clock_time(seconds: float) -> str:

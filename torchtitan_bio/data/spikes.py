@@ -42,6 +42,8 @@ class Spikes:
 
     vocab_size = 256
     scorer = "torchtitan_bio.science.scores:SpikeScores"
+    headline = "bits_per_spike"
+    baselines = "torchtitan_bio.science.baselines:ladder"
 
     def __init__(
         self, store, index, windows, fingerprint, *, mode, seq_len, seed, num_neurons, cross_recordings, malformed, not_scored
