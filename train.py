@@ -152,10 +152,9 @@ def train_step(model, adamw, microbatches, world, max_norm: float) -> tuple[floa
 
 
 @torch.no_grad()
-def validate(model, dataset, world, *, local_batch_size: int, max_windows: int | str) -> dict:
-    """The data family's own scores of its exact finite set, or of a fixed subset: the same on any number of ranks."""
+def validate(model, dataset, world, scores, *, local_batch_size: int, max_windows: int | str = "all") -> dict:
+    """What `scores` makes of the exact finite set, or of a fixed subset of it: the same on any number of ranks."""
     subset = None if max_windows == "all" else loader.subset(len(dataset), max_windows)
-    scores = named(dataset.scorer)(dataset)
     model.eval()
     for batch in loader.finite(
         dataset, local_batch_size=local_batch_size, rank=world.rank, world_size=world.size, subset=subset
@@ -254,8 +253,10 @@ def build_data(config: Config, architecture, world, say):
         raise ConfigError(
             f"model.overrides.vocab_size={architecture.vocab_size} is smaller than the data's, {train_data.vocab_size}"
         )
-    for line in getattr(train_data, "report", lambda: [])():
+    for line in train_data.report():
         say(line)
+    for line in held_out.report() if held_out else []:
+        say(f"held-out {line}")
     return train_data, held_out
 
 
@@ -356,8 +357,10 @@ def score(step: int, config: Config, model, held_out, world, log):
     section = config.validation
     size = config.training.local_batch_size if section.local_batch_size == "auto" else section.local_batch_size
     started = time.perf_counter()
-    scores = validate(model, held_out, world, local_batch_size=size, max_windows=section.max_windows)
-    scores |= {"max_windows": section.max_windows, "seconds": time.perf_counter() - started}
+    scorer = named(held_out.scorer)(held_out)
+    scores = validate(model, held_out, world, scorer, local_batch_size=size, max_windows=section.max_windows)
+    subset = "all" if scores["windows"] == len(held_out) else f"{scores['windows']} of {len(held_out)} windows, by hash"
+    scores |= {"subset": subset, "seconds": time.perf_counter() - started}
     log.validation(step, scores, headline=held_out.headline)
 
 
@@ -389,9 +392,9 @@ def print_ladder(folder: Path, train_data, held_out, headline):
         path.write_text(json.dumps(named(train_data.baselines)(train_data, held_out)))
     name, value = headline
     rungs = sorted([*json.loads(path.read_text()), ["this model", value]], key=lambda rung: rung[1])
-    print(f"\nheld-out {name}")
+    print(f"\nheld-out {name.replace('_per_', '/')}")
     for label, number in rungs:
-        print(f"  {label:<32}{number:8.3f}")
+        print(f"  {label:<44}{number:8.3f}")
 
 
 def print_on_rank_0(world):

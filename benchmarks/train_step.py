@@ -3,8 +3,8 @@
     python benchmarks/train_step.py --flavor 8B --layers 4 --seq_len 131072 \\
         "attention=flash recompute=full" "attention=cudnn recompute=full" "attention=cudnn recompute=full compile=true"
 
-A variant is words of key=value: attention, recompute (none, full), compile (true, false), reshard (always, never). The model has
-`layers` blocks of the flavor; MFU counts causal attention as half, and the peak is the vendor's dense bf16 rate.
+A variant is words of key=value: attention, recompute (none, full), compile (true, false), reshard (always, never). The model
+has `layers` blocks of the flavor; MFU counts causal attention as half, and the peak is the vendor's dense bf16 rate.
 """
 
 import argparse
@@ -83,7 +83,9 @@ def main():
     if arguments.layers:
         architecture = replace(architecture, num_layers=arguments.layers)
     print(
-        f"{metrics.device_name(world.device)}, torch {torch.__version__}: {arguments.flavor}, {architecture.num_layers} layers, "
+        f"{metrics.device_name(world.device)}, torch {torch.__version__}: {arguments.flavor}, {architecture.num_layers} layers,"
+    )
+    print(
         f"{arguments.local_batch_size} x {arguments.seq_len} tokens; median of {arguments.steps} steps after {arguments.warmup}"
     )
     first = None

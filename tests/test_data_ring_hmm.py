@@ -12,6 +12,8 @@ def test_rows_are_the_same_whenever_and_in_whatever_pieces_they_are_read():
     whole = [population.block(index, row, 0, 40) for row in range(9)]
     for row, begin, end in [(8, 0, 40), (2, 7, 9), (2, 39, 40), (0, 1, 40)]:
         assert (population.block(index, row, begin, end) == whole[row][:, begin:end]).all()
+    datasets = [spikes.build(source=f"ring-hmm:n=5,bins=40,rows=9,p={p}", seq_len=32) for p in (0.1, 0.2)]
+    assert {key for key, value in datasets[0].fingerprint.items() if value != datasets[1].fingerprint[key]} == {"generator"}
     other = ring_hmm.parse("ring-hmm:n=5,bins=40,rows=9,test_rows=9,seed=3", "test")
     assert (other.rates(0) == population.rates(0)).all()  # the same population, other walks
     assert all((other.block(other.index(), row, 0, 40) != whole[row]).any() for row in range(9))

@@ -164,6 +164,9 @@ def test_malformed_rows_of_every_kind_are_listed_and_bounded_and_move_nothing(tm
     assert same_samples(dataset, build(tmp_path / "good"))
     with pytest.raises(ValueError, match=r"10 malformed of 13 rows, data.max_malformed_rows=9:\n  1/s1: ragged"):
         build(tmp_path / "bad", max_malformed_rows=9)
+    pq.write_table(table([]), tmp_path / "nothing.parquet")
+    with pytest.raises(ValueError, match="nothing.parquet has no rows in split 'train'"):
+        build(tmp_path / "nothing.parquet")
     many = table([[]] * 25, signed)
     pq.write_table(many, tmp_path / "many.parquet")
     with pytest.raises(ValueError, match=r"lab0/mouse1/1/s9: empty.*\n  \.\.\. and 15 more"):

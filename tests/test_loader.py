@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -103,6 +104,19 @@ def test_a_killed_worker_is_an_error_that_names_the_awaited_row():
     with pytest.raises(RuntimeError, match=r"worker died while rank 0 awaited sample (1\d|20) \(row-[12] at \d\).* up to 2\d"):
         next(batches)
     assert time.monotonic() - start < 30
+
+
+def test_workers_of_a_killed_rank_end_by_themselves():
+    code = (
+        "import os, multiprocessing, signal; from test_loader import Numbers, build; batches = build(Numbers(), num_workers=1); "
+        "next(batches); print(multiprocessing.active_children()[0].pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    # Reading to the end of the output waits for the worker, which holds it open, for as long as it lives.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    rank = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert rank.returncode == -signal.SIGKILL
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(rank.stdout), 0)
 
 
 def test_a_silent_worker_is_an_error_after_the_time_limit():

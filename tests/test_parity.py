@@ -48,9 +48,7 @@ def three_steps(rank, arguments, local_batch_size):
     share = GLOBAL_BATCH // world.size
     for step in range(3):
         first = world.rank * share
-        microbatches = [
-            uneven_batch(step, start, local_batch_size) for start in range(first, first + share, local_batch_size)
-        ]
+        microbatches = [uneven_batch(step, start, local_batch_size) for start in range(first, first + share, local_batch_size)]
         loss, grad_norm, taken = train.train_step(model, adamw, microbatches, world, max_norm=1e9)
         assert taken
         losses.append(loss)

@@ -1,7 +1,7 @@
 """What one process knows of the others: its place, the mesh, and the few things that are said between ranks.
 
-One process is a group of one, so there is one code path from a laptop to a cluster. Plain numbers and messages travel over gloo on
-the CPU, which costs the accelerator no synchronisation; messages are JSON, never pickles.
+One process is a group of one, so there is one code path from a laptop to a cluster. Plain numbers and messages travel over gloo
+on the CPU, which costs the accelerator no synchronisation; messages are JSON, never pickles.
 """
 
 import json
@@ -69,9 +69,7 @@ class World:
         dist.gather(padded, received, dst=0)
         if received is None:
             return None
-        return [
-            json.loads(buffer[: int(length)].numpy().tobytes()) for buffer, length in zip(received, lengths, strict=True)
-        ]
+        return [json.loads(buffer[: int(length)].numpy().tobytes()) for buffer, length in zip(received, lengths, strict=True)]
 
     def barrier(self):
         self.sum({})

@@ -1,4 +1,4 @@
-"""From a model on the meta device to one that is recomputed, compiled, sharded and filled: the same calls for 1 rank and for 1,000.
+"""From a model on the meta device to one that is recomputed, compiled, sharded and filled: the same calls for 1 rank or 1,000.
 
 Only the contract of a model family is used: blocks() and init_weights(seed, store).
 """

@@ -107,8 +107,9 @@ def _read_in_workers(source, numbers, num_workers, timeout_s):
         batch_size=None,
         sampler=numbers,
         num_workers=num_workers,
-        # A fork would copy the locks of torch's, Arrow's and NCCL's threads, held or not; these start from a clean process.
-        multiprocessing_context="forkserver",
+        # A fork would copy the locks of torch's, Arrow's and NCCL's threads, held or not. Workers of a forkserver
+        # outlive a rank that is killed, because it is not their parent.
+        multiprocessing_context="spawn",
         # Resuming never asks the loader for its state, so it need not collect any.
         snapshot_every_n_steps=ENDLESS,
     )
@@ -180,7 +181,7 @@ def finite(
             start = starts[turn + rank]
             yield read(dataset, numbers[start : start + local_batch_size])
         else:
-            yield without_labels(read(dataset, numbers[:1]))
+            yield without_labels(read(dataset, numbers[:local_batch_size]))
 
 
 def without_labels(batch: Batch) -> Batch:

@@ -99,7 +99,7 @@ def record_batches(file, cache_folder):
     """The record batches of a Parquet or Arrow file; Arrow is mapped, not read."""
     if file.suffix == ".parquet":
         if file.stat().st_size <= IN_MEMORY_BYTES:
-            return pq.read_table(file).to_batches()
+            return pq.read_table(file, partitioning=None).to_batches()
         file = _as_arrow(file, cache_folder)
     mapped = pa.memory_map(str(file))
     try:

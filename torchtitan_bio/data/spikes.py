@@ -152,6 +152,22 @@ class Spikes:
         bins = offset if self.mode == "aligned" else offset // self.width(row)
         return f"{self.index.source_dataset[row]} {self.index.id[row]} (row {row}) from bin {bins}"
 
+    def report(self):
+        """What a person should know of the recordings, in lines."""
+        index = self.index
+        sources = Counter(index.source_dataset)
+        lines = [
+            f"data: {len(index):,} recordings of {int(index.n.min())} to {int(index.n.max()):,} neurons, "
+            f"{int((index.n * index.t).sum()):,} counts, {len(sources)} source(s), {len(self):,} windows an epoch ({self.mode})"
+        ]
+        for rows, what in ((self.malformed, "malformed and left out"), (self.not_scored, "too wide for a window")):
+            shown = "; ".join(f"{name}: {reason}" for name, reason in rows[:10])
+            lines += [f"data: {len(rows)} rows are {what}: {shown}" + ("; ..." if len(rows) > 10 else "")] if rows else []
+        if self.clipped:
+            clipped = ", ".join(f"{count:,} of {source}" for source, count in self.clipped.items())
+            lines.append(f"data: counts above {LARGEST_COUNT} are read as {LARGEST_COUNT}: {clipped}")
+        return lines
+
 
 def build(
     *,
@@ -179,11 +195,13 @@ def build(
     """
     _check(mode, split_by, overlap, source_weights, num_neurons)
     store, index = _open(source, split, split_by, index_folder)
+    if not len(index):
+        raise ValueError(f"{source} has no rows in split {split!r}")
     index = selection.keep_sources(index, include_sources, exclude_sources)
     index, malformed = selection.drop_malformed(index, max_malformed_rows)
     index = selection.split_rows(index, split, split_by)
     if not len(index):
-        raise ValueError(f"{source} has no recording in split {split!r}")
+        raise ValueError(f"{source} has no readable recording in split {split!r} by {split_by}")
     crop = None if num_neurons == "all" else num_neurons
     n = index.n if crop is None else np.minimum(index.n, crop)
     weights = None if overlap else selection.row_weights(index, source_weights or {})
@@ -200,6 +218,7 @@ def build(
         "rows": hashlib.sha256(json.dumps([index.id, index.n.tolist(), index.t.tolist()]).encode()).hexdigest()[:16],
         "num_rows": len(index),
         "num_counts": int((index.n * index.t).sum()),
+        "generator": str(store) if isinstance(store, ring_hmm.RingHMM) else None,
         "codec": CODEC,
         "seq_len": seq_len,
         "mode": "aligned, overlapping" if overlap else mode,
