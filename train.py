@@ -391,9 +391,10 @@ def print_ladder(folder: Path, train_data, held_out, headline):
     if not path.exists():
         path.write_text(json.dumps(named(train_data.baselines)(train_data, held_out)))
     name, value = headline
-    rungs = sorted([*json.loads(path.read_text()), ["this model", value]], key=lambda rung: rung[1])
+    if value is None:
+        return print(f"the held-out data has no {name}: no ladder")
     print(f"\nheld-out {name.replace('_per_', '/')}")
-    for label, number in rungs:
+    for label, number in sorted([*json.loads(path.read_text()), ["this model", value]], key=lambda rung: rung[1]):
         print(f"  {label:<44}{number:8.3f}")
 
 

@@ -86,3 +86,63 @@ def test_losses_gradients_and_initial_weights_equal_one_process(reference, ranks
         for name, gradient in gradients.items():
             error = np.abs(other_gradients[name] - gradient).max() / np.abs(gradient).max()
             assert error < TOLERANCE, f"{name}: {error:.2e}"
+
+
+def skip_a_step(rank, what):
+    """Three steps, the second with something not finite on the last rank alone: whether each was taken and left the weights."""
+    config = config_loader.load(["--model.flavor", "debug"]).config
+    world = distributed.start()
+    model = train.build_model(config, models.resolve("llama3", "debug", {}), world, lambda line: None)
+    adamw = optimizer.build(model, lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+    report = []
+    for step in range(3):
+        hook = None
+        if step == 1 and world.rank == world.size - 1:
+            if what == "loss":
+                hook = model.register_forward_hook(lambda module, inputs, sums: {k: v * float("inf") for k, v in sums.items()})
+            else:
+                hook = model.layers[1].register_full_backward_hook(
+                    lambda module, grads, _: (grads[0] * float("nan"), *grads[1:])
+                )
+        before = [parameter.to_local().clone() for parameter in model.parameters()]
+        batch = uneven_batch(step, world.rank * 4, 4)
+        loss, grad_norm, taken = train.train_step(model, adamw, [batch], world, max_norm=1.0)
+        same = all(torch.equal(old, new.to_local()) for old, new in zip(before, model.parameters(), strict=True))
+        report.append((taken, same))
+        if hook:
+            hook.remove()
+    return report
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_value_that_is_not_finite_on_one_rank_makes_all_ranks_skip_that_step_alone(what):
+    for report in on_ranks(2, skip_a_step, what):
+        assert report == [(True, False), (False, True), (True, False)]
+
+
+def held_out_scores(rank, max_windows):
+    config = config_loader.load(["--model.flavor", "debug", "--training.seq_len", "128"]).config
+    world = distributed.start()
+    architecture = models.resolve("llama3", "debug", {})
+    _, held_out = train.build_data(config, architecture, world, lambda line: None)
+    model = train.build_model(config, architecture, world, lambda line: None)
+    scores = train.named(held_out.scorer)(held_out)
+    return train.validate(model, held_out, world, scores, local_batch_size=3, max_windows=max_windows)
+
+
+def test_held_out_scores_are_those_of_one_process_whatever_the_number_of_ranks():
+    """10 windows in batches of 3 leave ranks with uneven shares, and one with none in the last turn."""
+    (one,) = on_ranks(1, held_out_scores, 10)
+    assert one["windows"] == 10
+    for ranks in (2, 4):
+        for other in on_ranks(ranks, held_out_scores, 10):
+            assert other == pytest.approx(one, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_losses_and_gradients_of_eager_ones(reference):
+    losses, gradients, _ = reference
+    ((other_losses, other_gradients, _),) = on_ranks(1, three_steps, ["--compile.enable", "true"], 8, timeout_s=300)
+    np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
+    for name, gradient in gradients.items():
+        assert np.abs(other_gradients[name] - gradient).max() < 1e-5 * np.abs(gradient).max(), name

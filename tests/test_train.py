@@ -161,3 +161,52 @@ def test_frozen_parameters_stay_and_the_others_move(tmp_path):
 def test_losses_are_finite_and_fall(straight):
     curve = losses(straight[0])
     assert all(math.isfinite(loss) for loss in curve) and curve[-1] < curve[0]
+
+
+def test_a_run_whose_loss_stays_not_finite_stops_and_leaves_its_checkpoint(tmp_path):
+    settings = [
+        "--training.steps",
+        "9",
+        "--optimizer.lr",
+        "1e30",
+        "--optimizer.weight_decay",
+        "0",
+        "--checkpoint.interval",
+        "1",
+    ]
+    result = run(tmp_path / "run", *settings, "--training.max_skipped_steps", "2", "--validation.enable", "false")
+    assert result.returncode == 1
+    assert "3 steps in a row were skipped" in result.stderr and "skipped: loss" in result.stdout and "a2929" in result.stdout
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [False, True, True, True]
+
+
+def test_a_warm_start_takes_the_weights_and_reports_what_it_left_out(straight, tmp_path):
+    source = straight[0] / "checkpoint" / "step-00000024"
+    settings = ["--checkpoint.init_from", str(source), "--checkpoint.init_allow_missing", '["output.weight"]']
+    result = run(tmp_path / "run", *settings, "--model.overrides.vocab_size", "300", "--training.steps", "1")
+    assert result.returncode == 2 and "tok_embeddings.weight" in result.stderr, "a shape that differs was not refused"
+    result = run(tmp_path / "run", *settings[:3], '["nothing.*"]', "--training.steps", "1")
+    assert result.returncode == 2 and "nothing.*" in result.stderr, "a pattern that matches nothing was not refused"
+    result = run(tmp_path / "run", *settings[:2], "--training.steps", "1")
+    assert result.returncode == 0, result.stderr
+    assert str(source) in result.stdout
+    assert losses(tmp_path / "run")[0] < losses(straight[0])[10]
+
+
+@pytest.mark.slow
+def test_the_quickstart_stands_above_every_baseline(tmp_path):
+    environment_of_a_laptop = environment() | {"PYTHON": sys.executable}
+    environment_of_a_laptop.pop("OMP_NUM_THREADS")
+    result = subprocess.run(
+        [str(ROOT / "train.sh"), "--job.dump_folder", str(tmp_path / "run")],
+        env=environment_of_a_laptop,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert result.returncode == 0, result.stderr
+    ladder = {words[:44].strip(): float(words[44:]) for words in result.stdout.splitlines() if words.startswith("  ")}
+    model = ladder.pop("this model")
+    print(model, ladder)
+    assert len(ladder) == 6 and model >= 1.20 and model > max(ladder.values())

@@ -264,7 +264,8 @@ class Validation:
     max_windows: int | Literal["all"] = "all"
     """Score this many windows, a fixed subset chosen by hash, or the exact finite set once."""
     baselines: bool = False
-    """After the last step fit the classical baselines on the training split and print the ladder."""
+    """After the last step fit the classical baselines on the training split and print the ladder. They are scored on all
+    held-out counts, whatever max_windows says."""
 
     def __post_init__(self):
         _refuse(
