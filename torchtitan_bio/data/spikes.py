@@ -150,7 +150,8 @@ class Spikes:
     def describe(self, origin):
         row, offset = origin
         bins = offset if self.mode == "aligned" else offset // self.width(row)
-        return f"{self.index.source_dataset[row]} {self.index.id[row]} (row {row}) from bin {bins}"
+        source, name = self.index.source_dataset[row], self.index.id[row]
+        return f"{name if name.startswith(source) else f'{source} {name}'} (row {row}) from bin {bins}"
 
     def report(self):
         """What a person should know of the recordings, in lines."""
