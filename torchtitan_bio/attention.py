@@ -30,6 +30,16 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 5e-3, torc
 
 
 @dataclass(frozen=True)
+class Halves:
+    """Forward and backward as two functions outside autograd, for who keeps or merges what lies between them."""
+
+    forward: Callable
+    """(q, k, v, causal) -> (out, lse, saved): the log-sum-exp of each query's scores in fp32, and a tuple for backward."""
+    backward: Callable
+    """(grad_out, q, k, v, out, lse, saved, causal) -> (dq, dk, dv)"""
+
+
+@dataclass(frozen=True)
 class Routes:
     """What one implementation offers."""
 
@@ -39,6 +49,10 @@ class Routes:
     """(q (T, Hq, D), k and v (T, Hkv, D), causal, bounds on the device, longest document) -> (T, Hq, D)"""
     varlen_is_as_fast: bool = True
     """Whether varlen computes as fast as dense does, so that it serves long documents too."""
+    halves: Halves | None = None
+    """In dense's shapes, lse (B, Hq, S). Without causal, k and v may be longer or shorter than q."""
+    varlen_halves: Halves | None = None
+    """In varlen's shapes, lse (Hq, T), with (bounds, longest document) as last arguments of both."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,14 @@ class Kernel:
     name: str
     why: str
     routes: Routes
+    refused: tuple[str, ...] = ()
+    """Each candidate before it that did not run, with the reason."""
+
+    @property
+    def record(self) -> dict:
+        """The choice in plain data, to be stored with a run."""
+        keeps = self.routes.halves is not None
+        return {"name": self.name, "why": self.why, "refused": list(self.refused), "can_be_kept": keeps}
 
     def __call__(self, q, k, v, *, causal: bool = True, cu_seqlens: torch.Tensor | None = None):
         """q (B, S, Hq, D), k and v (B, S, Hkv, D) -> (B, S, Hq, D); query head h reads key head h // (Hq // Hkv).
@@ -68,10 +90,77 @@ class Kernel:
             return self.routes.dense(q, k, v, causal)
         return _attend_within_documents(self.routes, q, k, v, causal, cu_seqlens)
 
+    def forward_with_lse(self, q, k, v, causal: bool = True, cu_seqlens: torch.Tensor | None = None):
+        """(out, lse (B, Hq, S) in fp32, saved): attention without autograd. Give all three to backward, with the same inputs.
+
+        saved is a tuple of tensors and numbers whose meaning is the kernel's own; it is small beside out and lse.
+        """
+        if cu_seqlens is None:
+            return self._halves.forward(q, k, v, causal)
+        return _forward_within_documents(self.routes, self._halves, q, k, v, causal, cu_seqlens)
+
+    def backward(self, grad_out, q, k, v, out, lse, saved, causal: bool = True, cu_seqlens: torch.Tensor | None = None):
+        """(dq, dk, dv) from what forward_with_lse returned; out and lse may be copies."""
+        if cu_seqlens is None:
+            return self._halves.backward(grad_out, q, k, v, out, lse, saved, causal)
+        return _backward_within_documents(self.routes, self._halves, grad_out, q, k, v, out, lse, saved, causal, cu_seqlens)
+
+    @property
+    def _halves(self) -> Halves:
+        if self.routes.halves is None:
+            raise ValueError(f"the attention kernel {self.name!r} has no forward and backward of their own: {self.why}")
+        return self.routes.halves
+
 
 # Documents differ from batch to batch. Traced, their boundaries would become constants and every batch compile anew.
 @torch.compiler.disable
 def _attend_within_documents(routes: Routes, q, k, v, causal, cu_seqlens):
+    lengths = _document_lengths(q, cu_seqlens)
+    flat = [tensor.flatten(0, 1) for tensor in (q, k, v)]
+    if routes.varlen and _in_one_launch(routes, lengths):
+        on_device = cu_seqlens.to(q.device, torch.int32, non_blocking=True)
+        return routes.varlen(*flat, causal, on_device, max(lengths)).view_as(q)
+    outputs = []
+    for rows, length in _equal_neighbours(lengths):
+        together = [tensor[rows].unflatten(0, (-1, length)) for tensor in flat]
+        outputs.append(routes.dense(*together, causal).flatten(0, 1))
+    return torch.cat(outputs).view_as(q)
+
+
+def _forward_within_documents(routes: Routes, halves: Halves, q, k, v, causal, cu_seqlens):
+    lengths = _document_lengths(q, cu_seqlens)
+    flat = [tensor.flatten(0, 1) for tensor in (q, k, v)]
+    if routes.varlen_halves and _in_one_launch(routes, lengths):
+        on_device = cu_seqlens.to(q.device, torch.int32, non_blocking=True)
+        out, lse, saved = routes.varlen_halves.forward(*flat, causal, on_device, max(lengths))
+        return out.view_as(q), lse.unflatten(1, q.shape[:2]).transpose(0, 1), (on_device, *saved)
+    out, saved = torch.empty_like(flat[0]), []
+    lse = torch.empty(q.shape[2], len(out), dtype=torch.float32, device=q.device)
+    for rows, length in _equal_neighbours(lengths):
+        part, part_lse, part_saved = halves.forward(*(tensor[rows].unflatten(0, (-1, length)) for tensor in flat), causal)
+        out[rows], lse[:, rows] = part.flatten(0, 1), part_lse.transpose(0, 1).flatten(1)
+        saved.append(part_saved)
+    return out.view_as(q), lse.unflatten(1, q.shape[:2]).transpose(0, 1), tuple(saved)
+
+
+def _backward_within_documents(routes: Routes, halves: Halves, grad_out, q, k, v, out, lse, saved, causal, cu_seqlens):
+    lengths = _document_lengths(q, cu_seqlens)
+    flat = [tensor.flatten(0, 1) for tensor in (grad_out, q, k, v, out)]
+    lse = lse.transpose(0, 1).flatten(1)
+    if routes.varlen_halves and _in_one_launch(routes, lengths):
+        on_device, *saved = saved
+        gradients = routes.varlen_halves.backward(*flat, lse, tuple(saved), causal, on_device, max(lengths))
+    else:
+        gradients = [torch.empty_like(tensor) for tensor in flat[1:4]]
+        for (rows, length), part_saved in zip(_equal_neighbours(lengths), saved, strict=True):
+            parts = [tensor[rows].unflatten(0, (-1, length)) for tensor in flat]
+            part_lse = lse[:, rows].unflatten(1, (-1, length)).transpose(0, 1).contiguous()
+            for whole, part in zip(gradients, halves.backward(*parts, part_lse, part_saved, causal), strict=True):
+                whole[rows] = part.flatten(0, 1)
+    return tuple(gradient.view_as(tensor) for gradient, tensor in zip(gradients, (q, k, v), strict=True))
+
+
+def _document_lengths(q, cu_seqlens: torch.Tensor) -> list[int]:
     bounds = cu_seqlens.tolist()
     lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
     num_tokens = q.shape[0] * q.shape[1]
@@ -80,18 +169,21 @@ def _attend_within_documents(routes: Routes, q, k, v, causal, cu_seqlens):
             f"cu_seqlens must rise from 0 to B * S = {num_tokens} on the CPU, not from {bounds[0]} to {bounds[-1]} "
             f"with a smallest step of {min(lengths)} on {cu_seqlens.device}"
         )
-    flat = [tensor.flatten(0, 1) for tensor in (q, k, v)]
-    is_short = num_tokens < SHORT_DOCUMENT * len(lengths)
-    if routes.varlen and (routes.varlen_is_as_fast or is_short):
-        on_device = cu_seqlens.to(q.device, torch.int32, non_blocking=True)
-        return routes.varlen(*flat, causal, on_device, max(lengths)).view_as(q)
-    outputs, start = [], 0
+    return lengths
+
+
+def _in_one_launch(routes: Routes, lengths: list[int]) -> bool:
+    """Whether the variable-length kernel is the faster one for these documents."""
+    return routes.varlen_is_as_fast or sum(lengths) < SHORT_DOCUMENT * len(lengths)
+
+
+def _equal_neighbours(lengths: list[int]):
+    """(their rows in the flattened tokens, length) of each run of equally long documents, which one call can take."""
+    start = 0
     for length, neighbours in itertools.groupby(lengths):
         stop = start + length * sum(1 for _ in neighbours)
-        together = [tensor[start:stop].unflatten(0, (-1, length)) for tensor in flat]
-        outputs.append(routes.dense(*together, causal).flatten(0, 1))
+        yield slice(start, stop), length
         start = stop
-    return torch.cat(outputs).view_as(q)
 
 
 def choose(
@@ -119,15 +211,19 @@ def choose(
     refusals = []
     for candidate in candidates:
         try:
-            routes, note = _open_and_probe(candidate, device, dtype, head_dim)
+            routes, notes = _open_and_probe(candidate, device, dtype, head_dim)
         except Exception as error:  # a kernel may fail in any way; each is a reason not to take it
             candidate.close()
             refusals.append(f"{candidate.name}: {_one_line(error)}")
             continue
         if name == "auto" and candidate.name == "math":
-            routes = replace(routes, dense=_refuse_long(routes.dense, refusals))
+            short_only = (
+                replace(routes.halves, forward=_refuse_long(routes.halves.forward, refusals)) if routes.halves else None
+            )
+            routes = replace(routes, dense=_refuse_long(routes.dense, refusals), halves=short_only)
         why = f"the first that runs on {_describe(device)}" if name == "auto" else f"asked for, runs on {_describe(device)}"
-        return Kernel(candidate.name, "; ".join([why, note, *(f"not {reason}" for reason in refusals)]), routes)
+        why = "; ".join([why, *notes, *(f"not {reason}" for reason in refusals)])
+        return Kernel(candidate.name, why, routes, tuple(refusals))
     wanted = "no attention kernel runs" if name == "auto" else f"the attention kernel {name!r} does not run"
     kind = f"{str(dtype).removeprefix('torch.')} with head dimension {head_dim}"
     raise ValueError(f"{wanted} on {_describe(device)} in {kind}: {'; '.join(refusals)}")
@@ -143,9 +239,9 @@ def preference(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
         return ("flash", "efficient", "math")
     major, _ = torch.cuda.get_device_capability(device)
     if major == 9:
-        return ("fa3", "cudnn", "flash", "efficient", "math")
+        return ("fa3", "cudnn", "fa4", "flash", "efficient", "math")
     if major == 10:
-        return ("cudnn", "flash", "efficient", "math")
+        return ("cudnn", "fa4", "flash", "efficient", "math")
     return ("flash", "cudnn", "efficient", "math")
 
 
@@ -164,6 +260,129 @@ def _sdpa(*backends: SDPBackend, repeat_heads: bool = False):
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=is_grouped).transpose(1, 2)
 
     return dense
+
+
+def _heads_first(forward: Callable, backward: Callable, repeat_heads: bool = False) -> Halves:
+    """Halves from functions of tensors (B, H, S, D), which is how torch's operators take them."""
+
+    def turned(q, k, v):
+        if repeat_heads:
+            k, v = (tensor.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for tensor in (k, v))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward_half(q, k, v, causal):
+        out, lse, saved = forward(*turned(q, k, v), causal)
+        return out.transpose(1, 2), lse, saved
+
+    def backward_half(grad_out, q, k, v, out, lse, saved, causal):
+        grad_out, out = grad_out.transpose(1, 2), out.transpose(1, 2)
+        gradients = [gradient.transpose(1, 2) for gradient in backward(grad_out, *turned(q, k, v), out, lse, saved, causal)]
+        if repeat_heads:
+            gradients[1:] = [each.unflatten(2, (k.shape[2], -1)).sum(3) for each in gradients[1:]]
+        return tuple(gradients)
+
+    return Halves(forward_half, backward_half)
+
+
+def _flash_cpu_forward(q, k, v, causal):
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    return out, lse, ()
+
+
+def _flash_cpu_backward(grad_out, q, k, v, out, lse, saved, causal):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad_out, q, k, v, out, lse, 0.0, causal)
+
+
+def _flash_forward(q, k, v, causal):
+    out, lse, *saved, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False)
+    return out, lse, tuple(saved)
+
+
+def _flash_backward(grad_out, q, k, v, out, lse, saved, causal):
+    *layout, seed, offset = saved
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_backward
+    return operator(grad_out, q, k, v, out, lse, *layout, 0.0, causal, seed, offset)
+
+
+def _cudnn_forward(q, k, v, causal):
+    out, lse, *saved, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False)
+    return out, lse.view(out.shape[:3]), (lse.shape, *saved)
+
+
+def _cudnn_backward(grad_out, q, k, v, out, lse, saved, causal):
+    shape, *layout, seed, offset = saved
+    operator = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+    return operator(grad_out, q, k, v, out, lse.view(shape), seed, offset, None, *layout, 0.0, causal)
+
+
+def _efficient_forward(q, k, v, causal):
+    out, lse, *saved = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
+    return out, lse[:, :, : q.shape[2]], tuple(saved)
+
+
+def _efficient_backward(grad_out, q, k, v, out, lse, saved, causal):
+    # The kernel reads whole blocks of 32 queries; to those past the end nothing must flow.
+    lse = F.pad(lse, (0, -lse.shape[2] % 32), value=math.inf)
+    operator = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+    return operator(grad_out, q, k, v, None, out, lse, *saved, 0.0, [True, True, True, False], causal)[:3]
+
+
+FLASH_ON_CPU = (_flash_cpu_forward, _flash_cpu_backward)
+FLASH = (_flash_forward, _flash_backward)
+CUDNN = (_cudnn_forward, _cudnn_backward)
+EFFICIENT = (_efficient_forward, _efficient_backward)
+
+
+def _varlen_halves(device: torch.device) -> Halves | None:
+    if device.type != "cuda":
+        return None
+
+    def forward(q, k, v, causal, bounds, longest):
+        operator = torch.ops.aten._flash_attention_forward
+        out, lse, *saved, _ = operator(q, k, v, bounds, bounds, longest, longest, 0.0, causal, False)
+        if lse.shape != (q.shape[1], len(q)):
+            raise RuntimeError(f"log-sum-exp of shape {tuple(lse.shape)}, not (heads, tokens) = {(q.shape[1], len(q))}")
+        return out, lse, tuple(saved)
+
+    def backward(grad_out, q, k, v, out, lse, saved, causal, bounds, longest):
+        operator = torch.ops.aten._flash_attention_backward
+        return operator(grad_out, q, k, v, out, lse, bounds, bounds, longest, longest, 0.0, causal, *saved)
+
+    return Halves(forward, backward)
+
+
+def _math_scores(q, k, causal):
+    """(B, Hkv, G, Sq, Sk) scaled scores in fp32 or better; G query heads read the same key head."""
+    q = q.unflatten(2, (k.shape[2], -1)) / math.sqrt(q.shape[-1])
+    scores = torch.einsum("bqhgd,bkhd->bhgqk", q, k)
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill_(later, -math.inf)
+    return scores
+
+
+def _wide(*tensors):
+    return [tensor.double() if tensor.dtype == torch.float64 else tensor.float() for tensor in tensors]
+
+
+def _math_forward(q, k, v, causal):
+    wide_q, wide_k, wide_v = _wide(q, k, v)
+    scores = _math_scores(wide_q, wide_k, causal)
+    lse = scores.logsumexp(-1)
+    out = torch.einsum("bhgqk,bkhd->bqhgd", (scores - lse[..., None]).exp_(), wide_v)
+    return out.flatten(2, 3).to(q.dtype), lse.flatten(1, 2).float(), ()
+
+
+def _math_backward(grad_out, q, k, v, out, lse, saved, causal):
+    wide_q, wide_k, wide_v, grad, wide_out = _wide(q, k, v, grad_out, out)
+    grad, groups = grad.unflatten(2, (k.shape[2], -1)), q.shape[2] // k.shape[2]
+    weights = (_math_scores(wide_q, wide_k, causal) - lse.unflatten(1, (-1, groups))[..., None]).exp_()
+    dv = torch.einsum("bhgqk,bqhgd->bkhd", weights, grad)
+    mean = (grad * wide_out.unflatten(2, (k.shape[2], -1))).sum(-1).permute(0, 2, 3, 1)
+    d_scores = weights * (torch.einsum("bqhgd,bkhd->bhgqk", grad, wide_v) - mean[..., None]) / math.sqrt(q.shape[-1])
+    dq = torch.einsum("bhgqk,bkhd->bqhgd", d_scores, wide_k).flatten(2, 3)
+    dk = torch.einsum("bhgqk,bqhgd->bkhd", d_scores, wide_q.unflatten(2, (k.shape[2], -1)))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _need_cuda(device: torch.device):
@@ -188,20 +407,23 @@ def _torch_varlen(device: torch.device):
     return varlen
 
 
-def _open_fa3_in_torch(device: torch.device) -> Routes:
-    """FlashAttention-3 behind torch's own operators: they compile, and recomputation policies know them."""
-    _need_cuda(device)
-    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
-    if activate is None:
-        raise ValueError(f"torch {torch.__version__} has no activate_flash_attention_impl")
-    activate("FA3")
-    return Routes(_sdpa(SDPBackend.FLASH_ATTENTION), _torch_varlen(device))
+def _in_torch(implementation: str) -> tuple[Callable, Callable]:
+    """(open, close) of a FlashAttention that runs behind torch's own operators: they compile, and have halves."""
 
+    def open(device: torch.device) -> Routes:
+        _need_cuda(device)
+        activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
+        if activate is None:
+            raise ValueError(f"torch {torch.__version__} has no activate_flash_attention_impl")
+        activate(implementation)
+        return _open_flash(device)
 
-def _close_fa3_in_torch():
-    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
-    if current() == "FA3":
-        torch.nn.attention.restore_flash_attention_impl()
+    def close():
+        current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
+        if current() == implementation:
+            torch.nn.attention.restore_flash_attention_impl()
+
+    return open, close
 
 
 def _open_fa3_package(device: torch.device) -> Routes:
@@ -224,27 +446,30 @@ def _open_fa3_package(device: torch.device) -> Routes:
 
 def _open_cudnn(device: torch.device) -> Routes:
     _need_cuda(device)
-    return Routes(_sdpa(SDPBackend.CUDNN_ATTENTION), _torch_varlen(device), varlen_is_as_fast=False)
+    # Its variable-length kernel is torch's flash, and so are that one's halves.
+    return Routes(_sdpa(SDPBackend.CUDNN_ATTENTION), _torch_varlen(device), False, _heads_first(*CUDNN), _varlen_halves(device))
 
 
 def _open_flash(device: torch.device) -> Routes:
-    return Routes(_sdpa(SDPBackend.FLASH_ATTENTION), _torch_varlen(device))
+    halves = _heads_first(*(FLASH_ON_CPU if device.type == "cpu" else FLASH))
+    return Routes(_sdpa(SDPBackend.FLASH_ATTENTION), _torch_varlen(device), halves=halves, varlen_halves=_varlen_halves(device))
 
 
 def _open_efficient(device: torch.device) -> Routes:
     _need_cuda(device)
     # The one backend that knows no grouped heads.
-    return Routes(_sdpa(SDPBackend.EFFICIENT_ATTENTION, repeat_heads=True))
+    return Routes(_sdpa(SDPBackend.EFFICIENT_ATTENTION, repeat_heads=True), halves=_heads_first(*EFFICIENT, repeat_heads=True))
 
 
 def _open_math(device: torch.device) -> Routes:
-    return Routes(_sdpa(SDPBackend.MATH))
+    return Routes(_sdpa(SDPBackend.MATH), halves=Halves(_math_forward, _math_backward))
 
 
 CANDIDATES = (
-    Candidate("fa3", _open_fa3_in_torch, _close_fa3_in_torch),
+    Candidate("fa3", *_in_torch("FA3")),
     Candidate("fa3", _open_fa3_package),
     Candidate("cudnn", _open_cudnn),
+    Candidate("fa4", *_in_torch("FA4")),
     Candidate("flash", _open_flash),
     Candidate("efficient", _open_efficient),
     Candidate("math", _open_math),
@@ -275,56 +500,90 @@ TORCH_CHOICE = Kernel("torch", "torch's own choice, not probed", Routes(_torch_c
 # ---- The probe
 
 
-def _open_and_probe(candidate: Candidate, device, dtype, head_dim: int) -> tuple[Routes, str]:
-    """The candidate's routes after a run forward and backward, and how they treat documents.
+def _open_and_probe(candidate: Candidate, device, dtype, head_dim: int) -> tuple[Routes, list[str]]:
+    """The candidate's routes after a run forward and backward, and how they treat documents and recomputation.
 
     torch says why a backend is not viable in warnings only, so they become part of the error.
     """
+    bounds = torch.tensor([0, 1, 130, 192, 384], dtype=torch.int32)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             routes = candidate.open(device)
-            _probe(routes, device, dtype, head_dim, None)
+            _probe(_by_autograd(routes), device, dtype, head_dim, None)
         except Exception as error:
             raise RuntimeError(" ".join([_one_line(error), *(_one_line(warning.message) for warning in said)])) from error
-        note = "documents one by one"
+        notes = ["documents one by one"]
         if routes.varlen:
-            bounds = torch.tensor([0, 1, 130, 192, 384], dtype=torch.int32)
             try:
-                _probe(replace(routes, varlen_is_as_fast=True), device, dtype, head_dim, bounds)
-                note = (
-                    "documents in one launch"
-                    if routes.varlen_is_as_fast
-                    else "short documents in one launch, long ones one by one"
-                )
+                _probe(_by_autograd(replace(routes, varlen_is_as_fast=True)), device, dtype, head_dim, bounds)
+                in_one = "documents in one launch"
+                notes = [in_one if routes.varlen_is_as_fast else f"short {in_one}, long ones one by one"]
             except Exception as error:
-                routes, note = replace(routes, varlen=None), f"documents one by one, since in one launch: {_one_line(error)}"
-    return routes, note
+                routes, notes = replace(routes, varlen=None), [f"documents one by one, since in one launch: {_one_line(error)}"]
+        if routes.varlen_halves:
+            try:
+                _probe(_by_halves(replace(routes, varlen_is_as_fast=True)), device, dtype, head_dim, bounds)
+            except Exception as error:
+                routes = replace(routes, varlen_halves=None)
+                notes.append(f"kept attention takes documents one by one, since in one launch: {_one_line(error)}")
+        if routes.halves:
+            try:
+                for boundaries in (None, bounds):
+                    _probe(_by_halves(replace(routes, varlen_halves=None)), device, dtype, head_dim, boundaries)
+            except Exception as error:
+                routes = replace(routes, halves=None, varlen_halves=None)
+                notes.append(f"cannot be kept across recomputation: {_one_line(error)}")
+        else:
+            routes = replace(routes, varlen_halves=None)
+            notes.append("cannot be kept across recomputation: it offers no log-sum-exp")
+    return routes, notes
 
 
-def _probe(routes: Routes, device, dtype, head_dim: int, cu_seqlens):
-    """Raise unless output and gradients of grouped, causal attention are within TOLERANCE of the definition."""
-    generator = torch.Generator().manual_seed(0)  # its own: a probe must not move the run's random numbers
-    shapes = [(2, 192, heads, head_dim) for heads in (4, 2, 2, 4)]
-    q, k, v, upstream = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-    with torch.enable_grad():
-        ours = [tensor.to(device).requires_grad_() for tensor in (q, k, v)]
-        output = Kernel("probe", "", routes)(*ours, cu_seqlens=cu_seqlens)
+def _by_autograd(routes: Routes) -> Callable:
+    def run(q, k, v, upstream, cu_seqlens):
+        tensors = [tensor.requires_grad_() for tensor in (q, k, v)]
+        output = Kernel("probe", "", routes)(*tensors, cu_seqlens=cu_seqlens)
         if output.shape != q.shape:
             raise RuntimeError(f"returned shape {tuple(output.shape)}, not {tuple(q.shape)}")
         if output.grad_fn is None:
             raise RuntimeError("has no backward: its output does not require gradients")
-        gradients = torch.autograd.grad(output, ours, upstream.to(device))
-        exact = [tensor.double().requires_grad_() for tensor in (q, k, v)]
-        truth = by_definition(*exact, cu_seqlens=cu_seqlens)
-        true_gradients = torch.autograd.grad(truth, exact, upstream.double())
-    for what, mine, true in zip(
-        ("output", "gradient of q", "gradient of k", "gradient of v"),
-        (output, *gradients),
-        (truth, *true_gradients),
-        strict=True,
-    ):
-        error = ((mine.detach().cpu().double() - true).abs().max() / true.abs().max()).item()
+        return {"output": output.detach()} | _named_gradients(torch.autograd.grad(output, tensors, upstream))
+
+    return run
+
+
+def _by_halves(routes: Routes) -> Callable:
+    def run(q, k, v, upstream, cu_seqlens):
+        kernel = Kernel("probe", "", routes)
+        out, lse, saved = kernel.forward_with_lse(q, k, v, cu_seqlens=cu_seqlens)
+        gradients = kernel.backward(upstream, q, k, v, out.clone(), lse.clone(), saved, cu_seqlens=cu_seqlens)
+        return {"output": out, "log-sum-exp": lse} | _named_gradients(gradients)
+
+    return run
+
+
+def _named_gradients(gradients) -> dict[str, torch.Tensor]:
+    return {f"gradient of {name}": gradient for name, gradient in zip("qkv", gradients, strict=True)}
+
+
+def _probe(run: Callable, device, dtype, head_dim: int, cu_seqlens):
+    """Raise unless output and gradients of grouped, causal attention are within TOLERANCE of the definition."""
+    generator = torch.Generator().manual_seed(0)  # its own: a probe must not move the run's random numbers
+    shapes = [(2, 192, heads, head_dim) for heads in (4, 2, 2, 4)]
+    drawn = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    with torch.enable_grad():
+        ours = run(*(tensor.to(device, copy=True) for tensor in drawn), cu_seqlens)
+        *exact, upstream = (tensor.double() for tensor in drawn)
+        exact = [tensor.requires_grad_() for tensor in exact]
+        output = by_definition(*exact, cu_seqlens=cu_seqlens)
+        truth = {"output": output.detach(), "log-sum-exp": _scores(*exact[:2], True, cu_seqlens).logsumexp(-1).detach()}
+        truth |= _named_gradients(torch.autograd.grad(output, exact, upstream))
+    for what, mine in ours.items():
+        true = truth[what]
+        if mine.shape != true.shape:
+            raise RuntimeError(f"returned {what} of shape {tuple(mine.shape)}, not {tuple(true.shape)}")
+        error = ((mine.cpu().double() - true).abs().max() / true.abs().max()).item()
         if not error <= TOLERANCE[dtype]:
             raise RuntimeError(
                 f"{what} differs from the definition by {error:.2g}, more than {TOLERANCE[dtype]:.2g} of its largest value"
@@ -333,16 +592,21 @@ def _probe(routes: Routes, device, dtype, head_dim: int, cu_seqlens):
 
 def by_definition(q, k, v, *, causal: bool = True, cu_seqlens: torch.Tensor | None = None):
     """softmax(q k / sqrt(D)) v with every score in memory: what the kernels are compared with."""
+    v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+    return torch.einsum("bhqk,bkhd->bqhd", _scores(q, k, causal, cu_seqlens).softmax(-1), v)
+
+
+def _scores(q, k, causal: bool, cu_seqlens) -> torch.Tensor:
+    """(B, Hq, S, S), -inf where a query must not look."""
     batch, tokens, heads, head_dim = q.shape
-    k, v = (tensor.repeat_interleave(heads // k.shape[2], dim=2) for tensor in (k, v))
+    k = k.repeat_interleave(heads // k.shape[2], dim=2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(head_dim)
     position = torch.arange(batch * tokens).view(batch, tokens)
     document = position // tokens if cu_seqlens is None else torch.bucketize(position, cu_seqlens, right=True)
     allowed = document[:, :, None] == document[:, None, :]
     if causal:
         allowed = allowed & (position[:, :, None] >= position[:, None, :])
-    weights = scores.masked_fill(~allowed[:, None].to(q.device), -math.inf).softmax(-1)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+    return scores.masked_fill(~allowed[:, None].to(q.device), -math.inf)
 
 
 def _describe(device: torch.device) -> str:

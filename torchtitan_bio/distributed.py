@@ -119,8 +119,6 @@ def start(*, shard_degree: int | str = "auto", replicate_degree: int = 1, init_t
         settings = {"backend": "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"}
         if "WORLD_SIZE" not in os.environ:
             settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        if device.type == "cuda":
-            settings["device_id"] = device
         dist.init_process_group(timeout=timedelta(seconds=init_timeout_s), **settings)
     shape = degrees(size, shard_degree, replicate_degree)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
