@@ -12,46 +12,63 @@ if __name__ == "__main__":
     LOADED = config_loader.load_or_exit(sys.argv[1:])  # before torch is imported: --help and typos answer at once
 
 import gc
-import hashlib
 import importlib
 import importlib.util
-import json
 import math
 import os
 import time
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from torchtitan_bio import attention, checkpoint, data, distributed, metrics, models, optimizer, parallelize, profiling
+import preflight
+from torchtitan_bio import (
+    attention,
+    checkpoint,
+    context_parallel,
+    costs,
+    data,
+    distributed,
+    exits,
+    metrics,
+    models,
+    optimizer,
+    parallelize,
+    profiling,
+    recompute,
+    resume,
+)
 from torchtitan_bio.config import Config, ConfigError
 from torchtitan_bio.data import loader
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main(loaded: config_loader.Loaded):
     """One run, from its configuration to its last checkpoint and score."""
     config, training = loaded.config, loaded.config.training
-    architecture, global_batch_size = check(config, int(os.environ.get("WORLD_SIZE", 1)))
+    size, device = int(os.environ.get("WORLD_SIZE", 1)), distributed.own_device()
+    architecture, global_batch_size = preflight.check(config, size)
+    job = preflight.job_of(config, architecture, size, device)
+    too_large = preflight.refuse_too_large(config, job, device)
     world = distributed.start(
         shard_degree=config.parallelism.data_parallel_shard_degree,
         replicate_degree=config.parallelism.data_parallel_replicate_degree,
+        context_degree=config.parallelism.context_parallel_degree,
         init_timeout_s=config.comm.init_timeout_seconds,
     )
     say = print_on_rank_0(world)
     folder = config_loader.run_folder(config)
-    open_run_folder(folder, config, world)
     say(f"{config.job.description or folder.name}: {world.size} rank(s) on {metrics.device_name(world.device)}")
-    for warning in loaded.warnings:
+    for warning in [*loaded.warnings, *too_large]:
         say(f"warning: {warning}")
 
-    with blaming_the_input():
+    with exits.blaming_the_input():
         train_data, held_out = build_data(config, architecture, world, say)
-        model = build_model(config, architecture, world, say)
-        adamw = optimizer.build(model, **asdict(config.optimizer))
+        with world.together("building the model"):
+            built = build_model(config, architecture, job, world, say)
+            model = built.model
+            adamw = optimizer.build(model, **asdict(config.optimizer))
         checkpoints = checkpoint.Checkpointer(
             folder / "checkpoint",
             world=world,
@@ -60,34 +77,35 @@ def main(loaded: config_loader.Loaded):
             say=say,
         )
         identity = {"family": config.model.name, "flavor": config.model.flavor, "architecture": asdict(architecture)}
-        step = restore(config, checkpoints, model, adamw, identity, train_data, global_batch_size, world, say)
-        log = metrics.Metrics(
-            folder,
-            enabled=world.rank == 0,
-            resume_step=step,
-            steps=training.steps,
-            tokens_per_step=global_batch_size * training.seq_len,
-            log_freq=config.metrics.log_freq,
-            tensorboard=config.metrics.enable_tensorboard,
-            device=world.device,
-            hfu_factor=4 / 3 if config.activation_checkpoint.mode == "full" else 1.0,
+        state_of_run = partial(
+            resume.train_state,
+            global_batch_size=global_batch_size,
+            seq_len=training.seq_len,
+            fingerprint=train_data.fingerprint,
+            config=asdict(config),
         )
+        step, skipped_in_a_row = restore(config, checkpoints, model, adamw, identity, state_of_run, world, say)
+        with world.together(f"writing into {folder}"):
+            log = open_run_folder(folder, config, world, step, global_batch_size, say)
     batches = loader.build(
         train_data,
         start_step=step,
         num_steps=training.steps,
         global_batch_size=global_batch_size,
         local_batch_size=training.local_batch_size,
-        rank=world.rank,
-        world_size=world.size,
+        rank=world.data_rank,
+        world_size=world.data_size,
         num_workers=config.data.num_workers,
         timeout_s=config.comm.train_timeout_seconds,
     )
     if step == training.steps:
         say(f"{folder} is finished: all {step} steps are done")
-    if step == 0:
-        score(0, config, model, held_out, world, log)
-    skipped_in_a_row = 0
+    else:
+        log.start(step, ranks=world.size, torch=torch.__version__, attention=built.kernel.record)
+    # A finished run may have been trained without validation, or have lost its metrics; its ladder needs the last score.
+    is_scored = world.exchange(log.last_validation is not None and log.last_validation["step"] == step)[0]
+    if step in (0, training.steps) and not is_scored:
+        score(step, config, model, held_out, world, log)
     gc.collect()
     gc.disable()  # collected below, on all ranks at once: one rank that pauses stalls the others
     with profiling.trace(folder / "profile", rank=world.rank, start_step=step, **asdict(config.profiling)) as profiler:
@@ -97,19 +115,23 @@ def main(loaded: config_loader.Loaded):
             log.data_ready()
             lr = config.optimizer.lr * optimizer.lr_factor(step, steps=training.steps, **asdict(config.lr_scheduler))
             optimizer.set_lr(adamw, lr)
-            loss, grad_norm, taken = train_step(model, adamw, microbatches, world, training.max_norm)
+            method = config.parallelism.context_parallel_method
+            loss, grad_norm, taken = train_step(model, adamw, microbatches, world, training.max_norm, method)
             step += 1
-            flops = count_flops(config.model.name, architecture, microbatches)
-            log.train(step, loss, grad_norm, lr, flops=flops, skipped=not taken)
+            moved_bytes = sum(host.moved_bytes for host in built.host_memories)
+            work = count_work(config.model.name, architecture, job, microbatches)
+            log.train(step, loss, grad_norm, lr, **work, moved_bytes=moved_bytes, skipped=not taken)
             skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
             if not taken:
                 report_skip(step, loss, grad_norm, microbatches, train_data, world, say)
             if skipped_in_a_row > training.max_skipped_steps:
+                checkpoints.wait()
                 raise FloatingPointError(
                     f"{skipped_in_a_row} steps in a row were skipped, more than training.max_skipped_steps = "
                     f"{training.max_skipped_steps}; stopped at step {step}, the last checkpoint is untouched"
                 )
             if log.steps_here == 1:
+                say(metrics.peak_memory_line(world.device, costs.peak(job).bytes if job else None))
                 distributed.set_timeout(world, config.comm.train_timeout_seconds)
             if step % training.gc_freq == 0:
                 gc.collect()
@@ -117,27 +139,31 @@ def main(loaded: config_loader.Loaded):
             if step == training.steps or step % config.validation.freq == 0:
                 score(step, config, model, held_out, world, log)
             if config.checkpoint.enable and (step == training.steps or step % config.checkpoint.interval == 0):
-                state = train_state(config, step, global_batch_size, train_data)
+                state = state_of_run(step, skipped_in_a_row=skipped_in_a_row)
                 checkpoints.save(step, model, adamw, train_state=state, model_json=identity)
     gc.enable()
     checkpoints.wait()
     log.close()
     if config.validation.enable and config.validation.baselines and world.rank == 0:
-        print_ladder(folder, train_data, held_out, log.headline)
+        named(train_data.ladder)(folder / "ladder.json", train_data, held_out, log.last_validation)
     say(f"run folder: {folder}")
+    distributed.stop()
 
 
-def train_step(model, adamw, microbatches, world, max_norm: float) -> tuple[float, float, bool]:
+def train_step(
+    model, adamw, microbatches, world, max_norm: float, context_method: str = "ulysses"
+) -> tuple[float, float, bool]:
     """One optimizer step: the loss, the gradient's norm, and whether the step was taken.
 
     Ranks hold uneven numbers of targets, so a mean of means would be wrong: sums are divided by counts over all ranks and
     microbatches. A loss or gradient that is not finite is seen by all ranks alike, and all leave their weights as they are.
     """
-    counts = world.sum(add_counts(microbatches))
+    counts = world.sum_of_data(add_counts(microbatches))
     adamw.zero_grad()
     total = torch.zeros((), device=world.device)
-    for batch in microbatches:
-        sums = model(to_device(batch.inputs, world.device))
+    for number, batch in enumerate(microbatches, start=1):
+        model.set_requires_all_reduce(number == len(microbatches))  # replicas meet once a step
+        sums = model(to_device(batch.inputs, world, context_method))
         loss = sum(term_sum / max(counts[term], 1) for term, term_sum in sums.items())
         (loss * world.size).backward()  # FSDP averages gradients over the ranks: undo it
         total += loss.detach()
@@ -152,14 +178,20 @@ def train_step(model, adamw, microbatches, world, max_norm: float) -> tuple[floa
 
 
 @torch.no_grad()
-def validate(model, dataset, world, scores, *, local_batch_size: int, max_windows: int | str = "all") -> dict:
+def validate(
+    model, dataset, world, scores, *, local_batch_size: int, max_windows: int | str = "all", context_method: str = "ulysses"
+) -> dict:
     """What `scores` makes of the exact finite set, or of a fixed subset of it: the same on any number of ranks."""
     subset = None if max_windows == "all" else loader.subset(len(dataset), max_windows)
     model.eval()
     for batch in loader.finite(
-        dataset, local_batch_size=local_batch_size, rank=world.rank, world_size=world.size, subset=subset
+        dataset, local_batch_size=local_batch_size, rank=world.data_rank, world_size=world.data_size, subset=subset
     ):
-        scores.add(model.logits(to_device(batch.inputs, world.device)), batch)
+        logits = model.logits(to_device(batch.inputs, world, context_method))
+        if world.context_size > 1:
+            logits = context_parallel.gather_sequence(logits, world.sequence["context"].get_group(), context_method)
+        if world.context_rank == 0:  # the others of its sequence have the same logits
+            scores.add(logits, batch)
     model.train()
     return scores.result(world.sum_array)
 
@@ -172,10 +204,15 @@ def add_counts(microbatches) -> dict[str, int]:
     return totals
 
 
-def to_device(inputs: dict, device: torch.device) -> dict:
-    """Tensors on the device; document boundaries stay on the CPU, where choosing a kernel reads them without waiting."""
+def to_device(inputs: dict, world, context_method: str) -> dict:
+    """This rank's part of the tensors, on its device.
+
+    Document boundaries stay on the CPU, where choosing a kernel reads them without waiting.
+    """
+    if world.context_size > 1:
+        inputs = context_parallel.shard(inputs, world.context_rank, world.context_size, context_method)
     return {
-        name: value if value is None or name == "cu_seqlens" else value.to(device, non_blocking=True)
+        name: value if value is None or name == "cu_seqlens" else value.to(world.device, non_blocking=True)
         for name, value in inputs.items()
     }
 
@@ -186,56 +223,39 @@ def named(path: str):
     return getattr(importlib.import_module(module), name)
 
 
-def check(config: Config, world_size: int):
-    """The architecture and the global batch of a run that can work on so many ranks; every problem at once otherwise."""
-    training, problems, architecture = config.training, [], None
-    try:
-        architecture = models.resolve(config.model.name, config.model.flavor, config.model.overrides)
-    except ValueError as error:
-        problems += str(error).split("\n")
-    try:
-        distributed.degrees(
-            world_size,
-            config.parallelism.data_parallel_shard_degree,
-            config.parallelism.data_parallel_replicate_degree,
-        )
-    except ValueError as error:
-        problems.append(f"parallelism: {error}")
-    at_once = training.local_batch_size * world_size
-    global_batch_size = at_once if training.global_batch_size == "auto" else training.global_batch_size
-    if global_batch_size % at_once:
-        below = global_batch_size - global_batch_size % at_once
-        problems.append(
-            f"training.global_batch_size={global_batch_size} is not a multiple of local_batch_size * ranks = "
-            f"{training.local_batch_size} * {world_size}; nearest valid values are {below or at_once} and {below + at_once}"
-        )
-    if config.data.mode == "legacy" and world_size > 1:
-        problems.append(f"data.mode=legacy is defined on one rank, not {world_size}; use stream")
-    if config.data.num_workers and not importlib.util.find_spec("torchdata"):
-        problems.append(f"data.num_workers={config.data.num_workers} needs torchdata: pip install torchdata, or set it to 0")
-    init_from, own = config.checkpoint.init_from, config_loader.run_folder(config) / "checkpoint"
-    if init_from and not own.is_dir() and not Path(init_from).is_dir():
-        problems.append(f"checkpoint.init_from={init_from} is not a folder")
-    if problems:
-        raise ConfigError(*problems)
-    return architecture, global_batch_size
+def open_run_folder(folder: Path, config: Config, world, step: int, global_batch_size: int, say):
+    """Write down what this run was asked to do, and open its log where `step` left it. Rank 0 alone writes.
 
-
-def open_run_folder(folder: Path, config: Config, world):
-    """Rank 0 makes the run folder and writes the resolved configuration into it."""
-    with world.together(f"writing {folder}/config.toml"):
-        if world.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.toml").write_text(config_loader.dump(config))
+    Nothing is touched before all that could refuse the run has agreed to it.
+    """
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        written = folder / "config.toml.new"
+        written.write_text(config_loader.dump(config))
+        written.replace(folder / "config.toml")
+    return metrics.Metrics(
+        folder,
+        enabled=world.rank == 0,
+        resume_step=step,
+        steps=config.training.steps,
+        tokens_per_step=global_batch_size * config.training.seq_len,
+        log_freq=config.metrics.log_freq,
+        tensorboard=config.metrics.enable_tensorboard,
+        device=world.device,
+        ranks=world.size,
+        say=say,
+    )
 
 
 def build_data(config: Config, architecture, world, say):
-    """The training data and the held-out data (None without validation). Rank 0 makes the index, the others read it."""
+    """The training data and the held-out data (None without validation).
+
+    An index that is not there yet is made by rank 0, or where nodes do not share its folder by the first rank of each.
+    """
     settings = asdict(config.data)
     for name in ("num_workers", "accept_changed"):
         settings.pop(name)
-    family = data.FAMILIES[config.model.name]
-    build = importlib.import_module(family).build
+    build = importlib.import_module(data.FAMILIES[config.model.name]).build
     common = settings | {"seq_len": config.training.seq_len, "seed": config.training.seed}
     held_out_settings = common | {
         "source": config.validation.source or config.data.source,
@@ -244,9 +264,12 @@ def build_data(config: Config, architecture, world, say):
         "num_neurons": "all",
         "source_weights": {},
     }
-    for turn in (world.rank == 0, world.rank != 0):
+    if config.validation.source not in ("", config.data.source):  # its sources have other names
+        held_out_settings |= {"include_sources": [], "exclude_sources": []}
+    turn = 0 if world.rank == 0 else 1 if world.local_rank == 0 else 2
+    for now in range(3):
         with world.together("reading the data"):
-            if turn:
+            if turn == now:
                 train_data = build(**common)
                 held_out = build(**held_out_settings, overlap=True) if config.validation.enable else None
     if train_data.vocab_size > architecture.vocab_size:
@@ -260,17 +283,38 @@ def build_data(config: Config, architecture, world, say):
     return train_data, held_out
 
 
-def build_model(config: Config, architecture, world, say):
-    """The sharded model with its initial weights, which are the same for every number of ranks."""
-    param_dtype = config.training.mixed_precision_param
-    if param_dtype == "auto":
-        param_dtype = "float32" if world.device.type == "cpu" else "bfloat16"
-    kernel = attention.choose(
-        config.model.attention, device=world.device, dtype=DTYPES[param_dtype], head_dim=architecture.head_dim
+@dataclass(frozen=True)
+class Built:
+    model: torch.nn.Module
+    """Sharded, with its initial weights, which are the same for every number of ranks."""
+    kernel: attention.Kernel
+    host_memories: list[recompute.HostMemory]
+    """In which tensors wait from forward to backward."""
+
+
+def build_model(config: Config, architecture, job, world, say) -> Built:
+    param_dtype = preflight.compute_dtype(config, world.device)
+    section, parallelism = config.activation_checkpoint, config.parallelism
+    is_ring = world.context_size > 1 and parallelism.context_parallel_method == "ring"
+    attend = kernel = attention.choose(
+        config.model.attention,
+        device=world.device,
+        dtype=param_dtype,
+        head_dim=architecture.head_dim,
+        with_halves=is_ring or section.mode == "keep_attention",
     )
-    say(f"attention: {kernel.name} ({kernel.why})")
+    say("; ".join([f"attention: {kernel.name} ({kernel.why})", *kernel.refused]))
+    context = world.sequence["context"].get_group()
+    if is_ring:
+        attend = context_parallel.Ring(attend, context)
+    kept = recompute.KeptAttention(attend, section.keep_on) if section.mode == "keep_attention" else None
+    attend = kept or attend
+    if world.context_size > 1 and not is_ring:
+        attend = context_parallel.Ulysses(attend, context)  # what is kept are whole rows of some heads
+    inputs_on_host = recompute.HostMemory() if section.offload_inputs else None
     with torch.device("meta"):
-        model = models.build(config.model.name, architecture, attend=kernel)
+        tiles = {"ffn_tiles": job.ffn_tiles} if job else {}
+        model = models.build(config.model.name, architecture, attend=attend, **tiles)
     frozen = parallelize.freeze(model, config.model.freeze)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -281,73 +325,43 @@ def build_model(config: Config, architecture, world, say):
     parallelize.parallelize(
         model,
         world.mesh,
-        param_dtype=DTYPES[param_dtype],
-        reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
-        recompute=config.activation_checkpoint.mode,
+        param_dtype=param_dtype,
+        reduce_dtype=preflight.DTYPES[config.training.mixed_precision_reduce],
+        recompute=section.mode,
         compile_blocks=config.compile.enable,
-        reshard_after_forward=config.parallelism.fsdp_reshard_after_forward == "always",
+        reshard_after_forward=parallelism.fsdp_reshard_after_forward == "always",
+        kept_attention=kept,
+        inputs_on_host=inputs_on_host,
+        offload_states=parallelism.offload_states,
     )
-    parallelize.materialize(model, world.device, config.training.seed)
-    return model
+    parallelize.materialize(model, world.device, config.training.seed, offload_states=parallelism.offload_states)
+    return Built(model, kernel, [host for host in (inputs_on_host, kept and kept.host) if host])
 
 
-def restore(config, checkpoints, model, adamw, identity, train_data, global_batch_size, world, say) -> int:
-    """The step to go on from: of the newest valid checkpoint, or 0 with fresh or borrowed weights."""
-    if not config.checkpoint.enable:
-        found = None
-    else:
-        found = checkpoints.latest()
+def restore(config, checkpoints, model, adamw, identity, state_of_run, world, say) -> tuple[int, int]:
+    """(the step to go on from, steps skipped in a row until there): of the newest valid checkpoint, or of fresh weights."""
+    section, training = config.checkpoint, config.training
+    found = checkpoints.latest() if section.enable else None
+    if section.enable and not (found and found[1]["step"] == training.steps):
         checkpoints.preflight(checkpoint.num_bytes(model))
     if found:
         path, state = found
-        check_same_run(path, state, config, global_batch_size, train_data.fingerprint, say)
+        now = state_of_run(state["step"], skipped_in_a_row=0)
+        resume.check(path, state, now, steps=training.steps, accept_changed=config.data.accept_changed, say=say)
         checkpoints.load(path, model, adamw, identity)
-        return state["step"]
-    if config.checkpoint.init_from:
-        source, section = config.checkpoint.init_from, config.checkpoint
-        for line in checkpoint.init_from(
-            source,
+        return state["step"], state["skipped_in_a_row"]
+    if section.init_from:
+        report = checkpoint.init_from(
+            section.init_from,
             model,
             rename=section.init_rename,
             allow_missing=section.init_allow_missing,
             world=world,
             model_json=identity,
-        ):
-            say(line)
-    return 0
-
-
-def check_same_run(path: Path, state: dict, config: Config, global_batch_size: int, fingerprint: dict, say):
-    """Refuse to go on with other data, another batch, or fewer steps than are done."""
-    problems = []
-    if state["step"] > config.training.steps:
-        problems.append(f"training.steps={config.training.steps}, but {path} is already at step {state['step']}")
-    if state["global_batch_size"] != global_batch_size:
-        problems.append(
-            f"global_batch_size is {global_batch_size} here and {state['global_batch_size']} in {path}: samples would repeat "
-            f"or be skipped; set training.global_batch_size={state['global_batch_size']}, or start another run folder"
         )
-    old, keys = state["fingerprint"], sorted(state["fingerprint"].keys() | fingerprint.keys())
-    changes = [f"{key}: {old.get(key)} -> {fingerprint.get(key)}" for key in keys if old.get(key) != fingerprint.get(key)]
-    difference = f"the data is not that of {path}: {'; '.join(changes)}"
-    if changes and config.data.accept_changed:
-        say(f"warning: {difference} (data.accept_changed)")
-    elif changes:
-        problems.append(f"{difference}; mend it, start another run folder, or set data.accept_changed=true")
-    if problems:
-        raise ConfigError(*problems)
-
-
-def train_state(config: Config, step: int, global_batch_size: int, train_data) -> dict:
-    """All that a run needs, beside weights and moments, to go on as if it had never stopped: one integer and what it means."""
-    return {
-        "step": step,
-        "next_sample": step * global_batch_size,
-        "global_batch_size": global_batch_size,
-        "tokens": step * global_batch_size * config.training.seq_len,
-        "fingerprint": train_data.fingerprint,
-        "config_sha256": hashlib.sha256(config_loader.dump(config).encode()).hexdigest(),
-    }
+        for line in report:
+            say(line)
+    return 0, 0
 
 
 def score(step: int, config: Config, model, held_out, world, log):
@@ -358,44 +372,46 @@ def score(step: int, config: Config, model, held_out, world, log):
     size = config.training.local_batch_size if section.local_batch_size == "auto" else section.local_batch_size
     started = time.perf_counter()
     scorer = named(held_out.scorer)(held_out)
-    scores = validate(model, held_out, world, scorer, local_batch_size=size, max_windows=section.max_windows)
-    subset = "all" if scores["windows"] == len(held_out) else f"{scores['windows']} of {len(held_out)} windows, by hash"
+    scores = validate(
+        model,
+        held_out,
+        world,
+        scorer,
+        local_batch_size=size,
+        max_windows=section.max_windows,
+        context_method=config.parallelism.context_parallel_method,
+    )
+    is_whole = section.max_windows == "all" or section.max_windows >= len(held_out)
+    subset = "all" if is_whole else f"{section.max_windows} of {len(held_out)} windows, by hash"
     scores |= {"subset": subset, "seconds": time.perf_counter() - started}
     log.validation(step, scores, headline=held_out.headline)
 
 
-def count_flops(family: str, architecture, microbatches) -> float:
-    """FLOPs of this rank's part of a step: each document costs what its own length costs."""
+def count_work(family: str, architecture, job, microbatches) -> dict[str, float]:
+    """What this rank's part of a step asks for: each document costs what its own length costs."""
     per_token = importlib.import_module(models.FAMILIES[family]).flops_per_token
-    total = 0.0
+    lengths = []
     for batch in microbatches:
         num_rows, seq_len = batch.inputs["tokens"].shape
         bounds = batch.inputs["cu_seqlens"]
-        lengths = [seq_len] * num_rows if bounds is None else bounds.diff().tolist()
-        total += sum(length * per_token(architecture, length) for length in lengths)
-    return total
+        lengths += [seq_len] * num_rows if bounds is None else bounds.diff().tolist()
+    work = {"flops": sum(length * per_token(architecture, length) for length in lengths)}
+    if job is None:
+        return work
+    mean = costs.mean_length(lengths)
+    return {
+        "flops": work["flops"] / job.context,
+        "hfu_factor": costs.hfu_factor(job, mean),
+        "attention_share": costs.attention_share(job, mean),
+    }
 
 
 def report_skip(step, loss, grad_norm, microbatches, train_data, world, say):
     """Name the rows of a step that no rank took."""
-    rows = world.gather([train_data.describe(origin) for batch in microbatches for origin in batch.origins])
-    if world.rank == 0:
-        names = list(dict.fromkeys(row for of_rank in rows for row in of_rank))
-        shown = "; ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        say(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}; its rows: {shown}")
-
-
-def print_ladder(folder: Path, train_data, held_out, headline):
-    """The model's held-out score among the baselines, which are fitted once and kept beside the run."""
-    path = folder / "ladder.json"
-    if not path.exists():
-        path.write_text(json.dumps(named(train_data.baselines)(train_data, held_out)))
-    name, value = headline
-    if value is None:
-        return print(f"the held-out data has no {name}: no ladder")
-    print(f"\nheld-out {name.replace('_per_', '/')}")
-    for label, number in sorted([*json.loads(path.read_text()), ["this model", value]], key=lambda rung: rung[1]):
-        print(f"  {label:<44}{number:8.3f}")
+    rows = world.exchange([train_data.describe(origin) for batch in microbatches for origin in batch.origins])
+    names = list(dict.fromkeys(row for of_rank in rows for row in of_rank))
+    shown = "; ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    say(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}; its rows: {shown}")
 
 
 def print_on_rank_0(world):
@@ -406,27 +422,5 @@ def print_on_rank_0(world):
     return say
 
 
-@contextmanager
-def blaming_the_input():
-    """While a run is built, what is refused is something that its user can mend."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(error) from error
-
-
-def exit_code(loaded: config_loader.Loaded) -> int:
-    """Run. 2 for what a user can mend in the configuration or the data; a traceback, and 1, for everything else."""
-    try:
-        main(loaded)
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print("this run cannot work:", *error.problems, sep="\n  ", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        distributed.stop()
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(exit_code(LOADED))
+    sys.exit(exits.run(lambda: main(LOADED)))

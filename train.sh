@@ -111,9 +111,6 @@ main() {
             -h | --help | --print-config) exec "$python" "$here/train.py" "${settings[@]}" ;;
         esac
     done
-    # A mistake in the config is told once and ends with exit code 2; under torchrun every process would tell it, and the code be 1.
-    "$python" "$here/train.py" --print-config "${settings[@]}" >/dev/null
-
     local nodes=${SLURM_JOB_NUM_NODES:-1} counts nproc threads command
     local count=("$python" -c '
 import os, sys
@@ -129,6 +126,8 @@ print(nproc, max(cores // nproc, 1))' "${NPROC:-0}")
     if ((nodes > 1)); then count=("${srun[@]}" --nodes=1 --ntasks=1 "${count[@]}"); fi
     counts=$("${count[@]}")
     read -r nproc threads <<<"$counts"
+    # What cannot work is told once and ends with exit code 2; under torchrun the code would be 1.
+    WORLD_SIZE=$((nodes * nproc)) LOCAL_WORLD_SIZE=$nproc "$python" "$here/preflight.py" "${settings[@]}"
     if ((nproc > 1)); then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}; fi
     # Threads that wait for one another by spinning lose a core to every other program: on 2 cores with one of them busy the quickstart
     # runs at 16,000 tokens/s with this and at 10,000 without; on idle cores at 31,000 and 34,000.

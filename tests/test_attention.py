@@ -1,12 +1,17 @@
 """Attention kernels: what is chosen, what is refused and why, and that documents and grouped heads are exact."""
 
+import json
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
-from torchtitan_bio import attention
-from torchtitan_bio.attention import Candidate, Routes, choose
+from torchtitan_bio import attention, kernels
+from torchtitan_bio.attention import choose
+from torchtitan_bio.kernels import Candidate, Halves, Routes
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5  # relative to the largest value, in fp32
@@ -75,6 +80,31 @@ def test_a_kernel_that_does_not_compute_attention_is_passed_over_and_the_reason_
     assert "not bad:" in kernel.why and reason in kernel.why
 
 
+@pytest.mark.parametrize(
+    ("function", "chosen"),
+    [
+        (lambda q, k, v, causal: (attention.by_definition(q, k, v, causal=causal), torch.zeros(1)), "fa3"),
+        (lambda q, k, v, causal: attention.by_definition(q, k, v, causal=causal), "fa3"),
+        (lambda q, k, v, causal: forward_only(q, k, v, causal), "good"),
+    ],
+    ids=["with log-sum-exp", "output alone", "built forward-only"],
+)
+def test_a_package_that_imports_well_is_taken_only_if_it_has_a_backward(monkeypatch, function, chosen):
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", types.SimpleNamespace(flash_attn_func=function))
+    monkeypatch.setattr(kernels, "_need_cuda", lambda device: None)
+    package = [candidate for candidate in kernels.CANDIDATES if candidate.open is kernels._open_fa3_package]
+    kernel = on_cpu(candidates=(*package, GOOD))
+    assert kernel.name == chosen
+    assert kernel.refused == (() if chosen == "fa3" else ("fa3: has no backward: its output does not require gradients",))
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 80, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_dimensions_from_16_to_128_run_by_flash_and_can_be_kept(head_dim, dtype):
+    kernel = choose("auto", device=CPU, dtype=dtype, head_dim=head_dim)
+    assert kernel.name == "flash" and kernel.can_be_kept and kernel.refused == ()
+
+
 def test_a_refused_kernel_leaves_nothing_behind_and_what_it_warned_of_is_told():
     events = []
 
@@ -99,7 +129,7 @@ def test_a_kernel_asked_for_by_name_is_never_replaced_by_another(name):
 
 
 def test_an_unknown_kernel_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'flsh'; there are auto, fa3, cudnn, flash, efficient, math"):
+    with pytest.raises(ValueError, match="'flsh'; there are auto, fa3, cudnn, fa4, flash, efficient, math"):
         on_cpu("flsh")
 
 
@@ -120,8 +150,9 @@ def test_every_kernel_in_an_order_of_preference_exists(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, value=capability: value)
         order = attention.preference(torch.device("cuda"), torch.bfloat16)
         assert set(order) <= known and order[-1] == "math"
-        first[capability] = order[:2]
-    assert first[9, 0] == ("fa3", "cudnn") and first[10, 0][0] == "cudnn" and first[8, 0] == ("flash", "cudnn")
+        first[capability] = order[:3]
+    assert first[9, 0] == ("fa3", "cudnn", "fa4") and first[10, 0] == ("cudnn", "fa4", "flash")
+    assert first[8, 0] == ("flash", "cudnn", "efficient")
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert attention.preference(torch.device("cuda"), torch.bfloat16) == ("flash", "efficient", "math")
 
@@ -151,7 +182,7 @@ def test_auto_never_computes_more_than_8192_tokens_by_math():
 def test_the_kernel_without_a_choice_refuses_long_math_too(monkeypatch):
     monkeypatch.setattr(attention, "MATH_LIMIT", 8)
     seen = []
-    monkeypatch.setattr(attention, "sdpa_kernel", lambda backends: seen.append(backends) or torch.no_grad())
+    monkeypatch.setattr(kernels, "sdpa_kernel", lambda backends: seen.append(backends) or torch.no_grad())
     for tokens in (8, 9):
         attention.TORCH_CHOICE(*qkv(1, tokens, 2, 1, 16))
     assert [SDPBackend.MATH in backends for backends in seen] == [True, False]
@@ -188,6 +219,59 @@ def test_attention_within_documents_equals_attention_to_each_alone(bounds, causa
     assert_close([ours], [masked])
 
 
+@pytest.mark.parametrize("name, dtype", [("flash", torch.float32), ("math", torch.float32), ("math", torch.float64)])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("bounds", [None, [0, 30, 60], [0, 1, 7, 30, 37, 60], [0, 10, 20, 30, 31, 32, 33, 60]])
+def test_forward_and_backward_on_their_own_equal_autograd_through_the_kernel(name, dtype, causal, bounds):
+    q, k, v = qkv(2, 30, 6, 2, 16, dtype)
+    kernel, upstream = on_cpu(name, dtype=dtype), torch.randn(2, 30, 6, 16, dtype=dtype)
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    theirs = kernel(q, k, v, causal=causal, cu_seqlens=cu_seqlens)
+    with torch.no_grad():
+        out, lse, saved = kernel.forward_with_lse(q, k, v, causal, cu_seqlens)
+        ours = kernel.backward(upstream, q, k, v, out.clone(), lse.clone(), saved, causal, cu_seqlens)
+    assert lse.shape == (2, 6, 30) and lse.dtype == dtype
+    assert_close([out, *ours], [theirs, *torch.autograd.grad(theirs, (q, k, v), upstream)], 1e-6)
+    assert_close([lse], [attention._scores(q, k, causal, cu_seqlens).logsumexp(-1)], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["flash", "math"])
+def test_parts_of_the_keys_merge_by_their_log_sum_exp_to_attention_over_all(name):
+    q, k, v = qkv(1, 24, 4, 2, 16)
+    kernel = on_cpu(name)
+    with torch.no_grad():
+        parts = [kernel.forward_with_lse(q, k[:, rows], v[:, rows], False) for rows in (slice(0, 7), slice(7, 24))]
+        lse = torch.logaddexp(parts[0][1], parts[1][1])
+        merged = sum(out * (part_lse - lse).exp().transpose(1, 2)[..., None] for out, part_lse, _ in parts)
+        assert_close([merged], [attention.by_definition(q, k, v, causal=False)], 1e-6)
+
+
+def test_a_kernel_whose_halves_are_wrong_serves_attention_but_cannot_be_kept():
+    good = on_cpu("math").routes
+    off = Halves(lambda *a: (lambda out, lse, saved: (out, 1.1 * lse, saved))(*good.halves.forward(*a)), good.halves.backward)
+    kernel = on_cpu(candidates=(fake("odd", good.dense, halves=off),))
+    assert "cannot be kept across recomputation: log-sum-exp differs" in kernel.why
+    assert not kernel.record["can_be_kept"]
+    with pytest.raises(ValueError, match="'odd' has no forward and backward of their own: .*log-sum-exp differs"):
+        kernel.forward_with_lse(*qkv(1, 8, 2, 2, 16))
+
+
+def test_where_attention_is_to_be_kept_a_kernel_that_cannot_be_is_passed_over():
+    keeping = Candidate("keeping", kernels._open_math)
+    kernel = on_cpu(candidates=(GOOD, keeping), with_halves=True)
+    assert kernel.name == "keeping" and kernel.can_be_kept
+    assert kernel.refused == ("good: cannot be kept across recomputation: it offers no log-sum-exp",)
+    with pytest.raises(ValueError, match="'good' does not run on cpu .*: good: cannot be kept across recomputation"):
+        on_cpu("good", candidates=(GOOD, keeping), with_halves=True)
+
+
+def test_the_choice_can_be_stored_in_a_run():
+    kernel = on_cpu(candidates=(fake("bad", broken), GOOD))
+    record = json.loads(json.dumps(kernel.record))
+    assert record == {"name": "good", "why": kernel.why, "refused": list(kernel.refused), "can_be_kept": False}
+    assert kernel.refused == ("bad: FA3 requires compute capability 9.0",)
+
+
 @pytest.mark.parametrize("bounds", [[0, 30], [1, 60], [0, 40, 30, 60], [0, 30, 30, 60]])
 def test_boundaries_that_do_not_cover_the_batch_are_refused(bounds):
     with pytest.raises(ValueError, match="from 0 to B \\* S = 60"):
@@ -221,7 +305,7 @@ def test_one_launch_for_all_documents_is_used_where_it_pays_and_only_if_it_is_ri
 
 def test_a_slower_launch_for_all_documents_serves_short_ones_only(monkeypatch):
     calls = []
-    routes = Routes(attention._sdpa(SDPBackend.FLASH_ATTENTION), varlen_by_definition(calls), varlen_is_as_fast=False)
+    routes = Routes(kernels.sdpa(SDPBackend.FLASH_ATTENTION), varlen_by_definition(calls), varlen_is_as_fast=False)
     kernel = attention.Kernel("mixed", "", routes)
     monkeypatch.setattr(attention, "SHORT_DOCUMENT", 16)
     for bounds in ([0, 30, 60], [0, 10, 20, 30, 60]):
@@ -231,7 +315,6 @@ def test_a_slower_launch_for_all_documents_serves_short_ones_only(monkeypatch):
 
 def test_importing_attention_chooses_nothing(monkeypatch):
     import importlib
-    import sys
 
     def refuse(*arguments, **options):
         raise AssertionError("asked the device on import")

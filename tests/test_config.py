@@ -20,7 +20,7 @@ from torchtitan_bio.data import ring_hmm
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "train_configs").glob("*.toml"))
 PROMISED = """quickstart debug ring_hmm primate_8B rodent_8B synthetic_8B synthetic_primate_8B lang_primate_8B
-primate_250M primate_870M primate_2B"""
+primate_8B_h100 primate_8B_mi250x primate_8B_1gpu primate_8B_1M primate_250M primate_870M primate_2B"""
 
 
 def write(folder, text) -> str:
@@ -144,12 +144,15 @@ def test_an_argument_becomes_a_value_of_its_keys_type(arguments, key, expected):
     assert value == expected and type(value) is type(expected)
 
 
+NEEDED_BY_OTHERS = {"checkpoint.init_from": "x", "activation_checkpoint.mode": "keep_attention"}
+
+
 def another_value(key) -> str:
     """Text that the key takes and that is not its default."""
     choices = [choice for choice in get_args(KINDS[key]) if isinstance(choice, str)]
-    for text in ["7", "0.5", "true", "false", *choices, '["a*"]', "{ a = 1 }", "{ a = 'b' }"]:
+    for text in ["7", "0.5", "true", "false", *reversed(choices), '["a*"]', "{ a = 1 }", "{ a = 'b' }"]:
         try:
-            config = load([f"--{name}={value}" for name, value in {"checkpoint.init_from": "x", key: text}.items()]).config
+            config = load([f"--{name}={value}" for name, value in {**NEEDED_BY_OTHERS, key: text}.items()]).config
         except ConfigError:
             continue
         if value_of(config, key) != value_of(Config(), key):
@@ -240,7 +243,7 @@ BAD_FILES = {
     "malformed line": ("[training]\nsteps = ", 2, "not TOML"),
     "unclosed list": ("[model]\nfreeze = [", 2, "not TOML"),
     "key twice": ("[training]\nsteps = 1\nsteps = 2", 3, "not TOML"),
-    "selective recompute": ('[activation_checkpoint]\nmode = "selective"', 2, 'is not offered; write "full" or "none"'),
+    "selective recompute": ('[activation_checkpoint]\nmode = "selective"', 2, '"keep_attention" keeps'),
     "torchtitan's -1": ("[parallelism]\ndata_parallel_shard_degree = -1", 2, 'is written "auto" here'),
     "torchtitan's 0": ("[checkpoint]\nkeep_latest_k = 0", 2, 'is written "all" here'),
     "pinned memory": ('[checkpoint]\nasync_mode = "async_with_pinned_mem"', 2, 'is written "async" here'),

@@ -1,51 +1,16 @@
 """Recordings from every kind of file, what is refused in them, and how they are chosen."""
 
 import json
-import pickle
 import shutil
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from spike_files import build, recordings, same_samples, table, write_arrow
 
-from torchtitan_bio.data import sources, spikes
-
-LISTS = pa.list_(pa.list_(pa.uint8()))
-
-
-def recordings(num=6, seed=0, high=5):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, high, (int(rng.integers(1, 9)), int(rng.integers(1, 60)))) for _ in range(num)]
-
-
-def table(matrices, kind=LISTS, **columns):
-    num = len(matrices)
-    named = {
-        "source_dataset": [f"lab{i % 3}" for i in range(num)],
-        "subject_id": [f"mouse{i % 2}" for i in range(num)],
-        "session_id": ["1"] * num,
-        "segment_id": [f"s{i}" for i in range(num)],
-        **columns,
-    }
-    counts = pa.array([matrix.tolist() if isinstance(matrix, np.ndarray) else matrix for matrix in matrices], kind)
-    return pa.table({"spike_counts": counts, **{name: column for name, column in named.items() if column is not None}})
-
-
-def write_arrow(path, data, form=pa.ipc.new_stream, max_rows=4):
-    with pa.OSFile(str(path), "wb") as out, form(out, data.schema) as writer:
-        writer.write_table(data, max_chunksize=max_rows)
-
-
-def build(source, **settings):
-    return spikes.build(source=str(source), **{"seq_len": 32, "mode": "stream", "seed": 1, **settings})
-
-
-def same_samples(one, other):
-    return len(one) == len(other) and all(
-        (one.sample(i).tokens == other.sample(i).tokens).all() and one.sample(i).origin == other.sample(i).origin
-        for i in range(2 * len(one))
-    )
+from torchtitan_bio.data import loader, spikes
 
 
 def test_the_embedded_recording_is_the_documented_one():
@@ -60,14 +25,16 @@ def test_the_embedded_recording_is_the_documented_one():
         spikes.build(source="embedded:a2930", seq_len=512)
 
 
-@pytest.mark.parametrize("kind", [LISTS, pa.list_(pa.list_(pa.int64())), pa.large_list(pa.large_list(pa.uint16()))])
-def test_parquet_and_both_forms_of_arrow_and_every_integer_type_read_alike(tmp_path, kind):
+@pytest.mark.parametrize("number", [pa.uint8(), pa.int8(), pa.int64(), pa.uint16()])
+@pytest.mark.parametrize("of", [pa.list_, pa.large_list])
+def test_parquet_and_both_forms_of_arrow_and_every_integer_type_read_alike(tmp_path, number, of):
     matrices = recordings(10)
-    data = table(matrices, kind)
+    data = table(matrices, of(of(number)))
+    write_arrow(tmp_path / "plain.arrow", table(matrices))
     pq.write_table(data, tmp_path / "x.parquet")
     write_arrow(tmp_path / "stream.arrow", data)
     write_arrow(tmp_path / "file.arrow", data, pa.ipc.new_file)
-    datasets = [build(tmp_path / name) for name in ("x.parquet", "stream.arrow", "file.arrow")]
+    datasets = [build(tmp_path / name) for name in ("plain.arrow", "x.parquet", "stream.arrow", "file.arrow")]
     for dataset in datasets:
         for row, matrix in enumerate(matrices):
             counts = dataset.counts(row)
@@ -114,6 +81,16 @@ def test_splits_are_found_in_the_names_of_files_and_folders(tmp_path):
     np.savez(tmp_path / "x.npz", spike_counts=matrices[0])
     with pytest.raises(ValueError, match="mixes .npz and .parquet"):
         build(tmp_path)
+
+
+def test_local_files_need_no_package_of_hugging_face(tmp_path, monkeypatch):
+    pq.write_table(table(recordings(3)), tmp_path / "x.parquet")
+    for package in ("datasets", "torchdata", "huggingface_hub"):
+        monkeypatch.setitem(sys.modules, package, None)  # importing it now raises
+    for source in (tmp_path / "x.parquet", "embedded:a2929", "ring-hmm:rows=4"):
+        assert build(source).sample(3).tokens.shape == (33,)
+    with pytest.raises(ValueError, match="needs `pip install datasets`"):
+        build("lab/pile")
 
 
 def test_a_source_that_is_nowhere_is_named():
@@ -186,6 +163,50 @@ def test_counts_of_255_and_more_are_clipped_and_counted_by_source(tmp_path, kind
     assert (tokens == 255).sum() == 3 + 2 + 1 + 1  # the separators of all bins, and nothing else
 
 
+@pytest.mark.parametrize("kind", [pa.uint8(), pa.int64()])
+def test_under_a_split_by_time_clips_are_counted_in_the_part_that_is_used(tmp_path, kind):
+    matrices = [np.ones((2, 10), int) for _ in range(4)]
+    matrices[0][0, 7:9] = 255  # the last bin of train and the first of test
+    matrices[1][1, 0] = 255
+    matrices[2][:, 9] = 255
+    pq.write_table(table(matrices, pa.list_(pa.list_(kind))), tmp_path / "x.parquet")
+    train, test = (build(tmp_path / "x.parquet", split=split, split_by="time") for split in ("train", "test"))
+    assert train.clipped == {"lab0": 1, "lab1": 1} and test.clipped == {"lab0": 1, "lab2": 2}
+    for row, matrix in enumerate(matrices):
+        parts = [train.counts(row), test.counts(row)]
+        assert (np.concatenate(parts, axis=1) == np.minimum(matrix, 254)).all()
+
+
+def test_the_report_names_the_split_each_malformed_row_and_the_clips_of_each_source(tmp_path):
+    bad = [[[1], [1, 2]]] * 12
+    pq.write_table(
+        table([*bad, [[255, 0]], [[300, 1]], np.ones((40, 3))], pa.list_(pa.list_(pa.int64()))), tmp_path / "x.parquet"
+    )
+    report = build(tmp_path / "x.parquet", mode="aligned", max_malformed_rows=12).report()
+    assert "3 recordings of 1 to 40 neurons, 124 counts, 3 source(s), split train, by given" in report[0]
+    for row in range(12):
+        line = f"data: malformed and left out: lab{row % 3}/mouse{row % 2}/1/s{row}: ragged: its neurons have from 1 to 2 bins"
+        assert report.count(line) == 1
+    assert report[-2].endswith("1 rows are too wide for a window: lab2/mouse0/1/s14: 40 neurons need seq_len >= 41, it is 32")
+    assert report[-1] == "data: counts above 254 are read as 254: 1 of lab0, 1 of lab1"
+
+
+def test_a_reader_that_fails_names_the_recording_and_not_only_the_one_its_window_begins_in(tmp_path):
+    pq.write_table(table([np.ones((2, 3), int)] * 4), tmp_path / "x.parquet")
+
+    class Unreadable:
+        def block(self, index, row, begin, end):
+            if row == 2:
+                raise OSError("block 7 is unreadable")
+            return np.ones((2, end - begin), np.uint8)
+
+    dataset = build(tmp_path / "x.parquet", seq_len=64)  # a window holds all four
+    dataset.store = Unreadable()
+    settings = {"start_step": 0, "global_batch_size": 1, "local_batch_size": 1, "rank": 0, "world_size": 1, "num_workers": 0}
+    with pytest.raises(RuntimeError, match=r"sample 0 .*recording lab2/mouse0/1/s2 \(row 2\): OSError: block 7 is unreadable"):
+        next(loader.build(dataset, **settings))
+
+
 def test_a_crop_keeps_neurons_in_order_and_draws_them_anew_each_epoch(tmp_path):
     matrices = [np.arange(n)[:, None] + np.zeros((n, 40), int) for n in (3, 5, 50)]
     pq.write_table(table(matrices, source_dataset=["a"] * 3), tmp_path / "x.parquet")
@@ -229,6 +250,19 @@ def test_sources_are_filtered_and_weighted_by_name(tmp_path):
         build(tmp_path / "x.parquet", mode="legacy", source_weights={"lab1": 2.0})
 
 
+@pytest.mark.parametrize("mode", ["stream", "aligned"])
+def test_sample_i_of_a_mixture_does_not_depend_on_what_was_read_before(tmp_path, mode):
+    pq.write_table(table(recordings(9)), tmp_path / "x.parquet")
+    settings = {"mode": mode, "source_weights": {"lab0": 0.4, "lab1": 2.5}, "num_neurons": 3, "shuffle_rows": 2}
+    straight = build(tmp_path / "x.parquet", **settings)
+    wanted = [straight.sample(i) for i in range(5 * len(straight))]
+    assert len({straight.windows.epochs.table(epoch).num_windows for epoch in range(5)}) > 1  # epochs differ in length
+    jumping = build(tmp_path / "x.parquet", **settings)
+    for i in np.random.default_rng(0).permutation(len(wanted)).tolist():
+        again = jumping.sample(i)
+        assert again.origin == wanted[i].origin and (again.tokens == wanted[i].tokens).all()
+
+
 def test_sessions_are_on_one_side_of_the_split_by_session_whatever_the_files_say(tmp_path):
     num = 600
     subjects = [f"animal{i // 3}" for i in range(num)]
@@ -254,62 +288,6 @@ def test_the_split_by_time_cuts_the_last_fifth_of_each_row(tmp_path):
     assert test.sample(0).tokens.tolist().count(255) > 0
     with pytest.raises(ValueError, match="splits train and test, not 'dev'"):
         build(tmp_path / "x.parquet", split="dev", split_by="time")
-
-
-def test_a_fingerprint_differs_in_the_entry_that_changed_and_not_with_the_place_of_the_files(tmp_path):
-    matrices = recordings(6)
-    for name in ("here", "there"):
-        (tmp_path / name).mkdir()
-        pq.write_table(table(matrices), tmp_path / name / "x.parquet")
-    pq.write_table(table([*matrices, matrices[0]]), tmp_path / "longer.parquet")
-    base = build(tmp_path / "here").fingerprint
-    assert build(tmp_path / "there").fingerprint == base and json.loads(json.dumps(base)) == base
-
-    def changed(source="here", **settings):
-        other = build(tmp_path / source, **settings).fingerprint
-        return {key for key in base if base[key] != other[key]}
-
-    assert changed("longer.parquet") == {"rows", "num_rows", "num_counts"}
-    assert changed(seq_len=33) == {"seq_len"} and changed(seed=2) == {"seed"} and changed(shuffle_rows=2) == {"shuffle_rows"}
-    assert changed(mode="legacy") == {"mode", "shuffle_rows"} and changed(num_neurons=2) == {"num_neurons"}
-    assert changed(source_weights={"lab1": 2.0}) == {"source_weights"}
-    assert changed(exclude_sources=["lab1"]) == {"rows", "num_rows", "num_counts", "exclude_sources"}
-    many = [f"lab[{'0' * i}0-9]" for i in range(200)]
-    assert len(json.dumps(build(tmp_path / "here", include_sources=many).fingerprint)) < 1000
-
-
-def test_an_index_left_on_disk_is_read_and_a_changed_file_makes_a_new_one(tmp_path, monkeypatch):
-    data, file, folder = table(recordings(6)), tmp_path / "x.arrow", tmp_path / "index"
-    write_arrow(file, data)
-    first = build(file, index_folder=folder)
-    assert len(list(folder.iterdir())) == 1
-    with monkeypatch.context() as patched:
-        patched.setattr("torchtitan_bio.data.recordings._scan", None)  # nobody may look at the data again
-        assert same_samples(build(file, index_folder=folder), first)
-    write_arrow(file, data.slice(1))
-    assert len(build(file, index_folder=folder).index) == 5 and len(list(folder.iterdir())) == 2
-
-
-def test_large_parquet_is_turned_into_mapped_arrow_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
-    data = table(recordings(20))
-    pq.write_table(data, tmp_path / "x.parquet", row_group_size=7)
-    write_arrow(tmp_path / "x.arrow", data)
-    folder = tmp_path / "cache"
-    dataset = build(tmp_path / "x.parquet", index_folder=folder)
-    assert same_samples(dataset, build(tmp_path / "x.arrow", index_folder=tmp_path / "other"))
-    assert sorted(file.suffix for file in folder.iterdir()) == [".arrow", ".parquet"]
-    monkeypatch.setattr("pyarrow.parquet.ParquetFile", None)
-    assert same_samples(dataset, build(tmp_path / "x.parquet", index_folder=folder))
-
-
-def test_a_dataset_travels_to_another_process_without_its_data(tmp_path):
-    write_arrow(tmp_path / "x.arrow", table([np.ones((50, 4000), int)] * 4))
-    dataset = build(tmp_path / "x.arrow", seq_len=4096)
-    dataset.sample(0)
-    pickled = pickle.dumps(dataset)
-    assert len(pickled) < 20_000
-    assert same_samples(pickle.loads(pickled), dataset)
 
 
 def test_a_hugging_face_data_set_is_read_from_the_cache_and_its_absence_names_the_download(tmp_path, monkeypatch):

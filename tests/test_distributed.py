@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from ranks import on_ranks
 
 from torchtitan_bio import distributed
@@ -10,12 +12,8 @@ def talk(rank):
     answers = {
         "sum": world.sum({"tokens": 2**40 + rank, "rows": rank}),
         "array": world.sum_array(np.full((2, 2), 0.1)).tolist(),
-        "any": world.any_true(rank == 1),
-        "all": world.all_true(rank == 1),
-        "broadcast": world.broadcast({"name": "step-\u00e9", "none": None} if rank == 0 else None),
-        "gather": world.gather({"rank": rank, "text": "x" * rank * 100}),
+        "exchange": world.exchange({"rank": rank, "text": "\u00e9" * rank * 100, "none": None}),
     }
-    distributed.set_timeout(world, 30)
     try:
         with world.together("saving"):
             if rank == 1:
@@ -29,21 +27,58 @@ def test_ranks_agree_on_sums_messages_and_errors():
     first, second = on_ranks(2, talk)
     assert first["sum"] == second["sum"] == {"tokens": 2**41 + 1, "rows": 1}
     assert first["array"] == second["array"] == [[0.2, 0.2], [0.2, 0.2]]
-    assert first["any"] and second["any"] and not first["all"] and not second["all"]
-    assert first["broadcast"] == second["broadcast"] == {"name": "step-\u00e9", "none": None}
-    assert first["gather"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "x" * 100}] and second["gather"] is None
+    messages = [{"rank": 0, "text": "", "none": None}, {"rank": 1, "text": "\u00e9" * 100, "none": None}]
+    assert first["exchange"] == second["exchange"] == messages
     assert first["error"] == "ValueError: saving failed on rank 1: disk full"
     assert second["error"] == "OSError: disk full"
 
 
+def timeouts(rank):
+    """Of every group that training speaks in: at the start, and once set."""
+    world = distributed.start(init_timeout_s=77)
+    groups = [dist.group.WORLD, *world.mesh.get_all_groups(), *world.sequence.get_all_groups()]
+
+    def patience():
+        return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+    at_first = patience()
+    distributed.set_timeout(world, 60)
+    return at_first, patience()
+
+
+def test_every_group_waits_as_long_as_the_config_says():
+    for at_first, later in on_ranks(2, timeouts):
+        assert set(at_first) == {77} and set(later) == {60}
+
+
+def places(rank):
+    world = distributed.start(replicate_degree=1, context_degree=2)
+    shared = world.sum_of_data({"tokens": 10 ** (rank // 2)})
+    return world.data_rank, world.context_rank, world.mesh["shard"].size(), shared
+
+
+def test_ranks_that_share_a_sequence_are_neighbours_and_count_it_once():
+    assert on_ranks(4, places) == [(rank // 2, rank % 2, 4, {"tokens": 11}) for rank in range(4)]
+
+
 @pytest.mark.parametrize(
-    ("size", "shard", "replicate", "expected"), [(8, "auto", 1, (1, 8)), (8, "auto", 2, (2, 4)), (8, 4, 2, (2, 4))]
+    ("size", "shard", "replicate", "context", "expected"),
+    [
+        (8, "auto", 1, 1, (1, 8)),
+        (8, "auto", 2, 1, (2, 4)),
+        (8, 4, 2, 1, (2, 4)),
+        (8, "auto", 2, 2, (2, 2)),
+        (4, 1, 1, 4, (1, 1)),
+    ],
 )
-def test_degrees_multiply_to_the_number_of_ranks(size, shard, replicate, expected):
-    assert distributed.degrees(size, shard, replicate) == expected
+def test_degrees_multiply_to_the_number_of_ranks(size, shard, replicate, context, expected):
+    assert distributed.degrees(size, shard, replicate, context) == expected
 
 
-@pytest.mark.parametrize(("size", "shard", "replicate"), [(8, 4, 1), (8, "auto", 3), (1, "auto", 2)])
-def test_degrees_that_do_not_are_refused(size, shard, replicate):
+@pytest.mark.parametrize(
+    ("size", "shard", "replicate", "context"),
+    [(8, 4, 1, 1), (8, "auto", 3, 1), (1, "auto", 2, 1), (4, "auto", 1, 3), (2, 2, 1, 2)],
+)
+def test_degrees_that_do_not_are_refused(size, shard, replicate, context):
     with pytest.raises(ValueError, match=f"not the number of ranks, {size}"):
-        distributed.degrees(size, shard, replicate)
+        distributed.degrees(size, shard, replicate, context)

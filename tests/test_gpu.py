@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_llama import largest_error, lively, train_once
 
-from torchtitan_bio import attention
+from torchtitan_bio import attention, recompute
 from torchtitan_bio.attention import by_definition
+from torchtitan_bio.models import layers
+from torchtitan_bio.models.llama3 import Architecture, Model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ROOT = Path(__file__).parent.parent
+DEVICE = "cuda"
 
 
 def run(folder, *arguments):
@@ -53,6 +57,36 @@ def test_compiled_or_recomputed_blocks_give_the_same_losses(tmp_path, arguments)
     plain, _ = run(tmp_path / "plain", *settings)
     other, _ = run(tmp_path / "other", *settings, *arguments)
     assert other == pytest.approx(plain, rel=1e-4)
+
+
+def test_initial_weights_are_those_of_the_cpu_but_for_the_last_bit_of_a_few():
+    on_gpu, on_cpu = torch.empty(2**24, device="cuda"), torch.empty(2**24)
+    for values in (on_gpu, on_cpu):
+        layers.draw_normal(values, 0.02, seed=42, name="layers.0.attention.wq.weight")
+    apart = (on_gpu.cpu().view(torch.int32) - on_cpu.view(torch.int32)).abs()
+    assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-6
+
+
+LARGE = Architecture(dim=512, num_layers=6, num_heads=8, num_kv_heads=2, ffn_dim=1792)
+
+
+@pytest.mark.parametrize("keep_on", ["device", "host"])
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("bounds", [None, [0, 100, 4096, 4097, 8192]])
+def test_recomputed_kept_moved_to_the_host_and_in_tiles_gradients_are_the_plain_ones(keep_on, is_compiled, bounds):
+    """Long enough that copies and computation overlap: a buffer that is used again too early shows as a large error."""
+    chosen = attention.choose("auto", device=torch.device(DEVICE), dtype=torch.float32, head_dim=64, with_halves=True)
+    kept, inputs_on_host = recompute.KeptAttention(chosen, keep_on), recompute.HostMemory()
+    plain, model = (lively(Model(LARGE, *settings)).to(DEVICE) for settings in ((chosen,), (kept, 3)))
+    for block in model.blocks():
+        forward = torch.compile(block.forward) if is_compiled else block.forward
+        block.forward = recompute.recomputed(forward, kept=kept, inputs=inputs_on_host)
+    for step in range(4):
+        drawn = torch.randint(0, 256, (2, 4097), generator=torch.Generator().manual_seed(step)).to(DEVICE)
+        batch = {"tokens": drawn[:, :-1], "labels": drawn[:, 1:]}
+        batch["cu_seqlens"] = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+        assert largest_error(train_once(model, batch), train_once(plain, batch)) <= 1e-4
+    assert inputs_on_host.allocated_bytes == LARGE.num_layers * 2 * 4096 * LARGE.dim * 4
 
 
 def test_auto_takes_a_fused_kernel_and_says_why_not_the_others():

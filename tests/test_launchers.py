@@ -31,7 +31,7 @@ case "$1 ${2-}" in
         echo "none venv torch" >"$made/bin/report"
         case "$*" in *--system-site-packages*) cp "$beside/report" "$made/bin/report" ;; esac ;;
     "-m pip") record "$@"; echo "2.13.0 venv" >"$beside/report" ;;
-    *) record "$@"; case "$*" in *--print-config*) exit "${CHECK:-0}" ;; esac ;;
+    *) record "$@"; case "$*" in *preflight.py*) echo "for $WORLD_SIZE" >>"$CALLS.asked"; exit "${CHECK:-0}" ;; esac ;;
 esac
 """
 SRUN = r"""#!/usr/bin/env bash
@@ -133,6 +133,11 @@ def test_a_mistake_in_the_config_ends_with_code_2_before_torchrun(site):
     code, _, calls = site.start("x.toml", NPROC="1", CHECK="2")
     assert code == 2
     assert not any("torch.distributed.run" in call for call in calls)
+
+
+def test_the_config_is_checked_for_all_processes_of_the_job(site):
+    site.start("x.toml", NPROC="4", **JOB)
+    assert Path(f"{site.calls}.asked").read_text().endswith("for 12\n")
 
 
 def test_one_process_per_gpu_shares_the_cores(site):

@@ -108,7 +108,7 @@ def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path):
 
 def make_log(folder, **settings) -> metrics.Metrics:
     plain = {"enabled": True, "resume_step": 0, "steps": 8, "tokens_per_step": 1000, "log_freq": 4, "tensorboard": False}
-    return metrics.Metrics(folder, **(plain | {"device": torch.device("cpu"), "hfu_factor": 1.0} | settings))
+    return metrics.Metrics(folder, **(plain | {"device": torch.device("cpu")} | settings))
 
 
 def take_steps(log, first: int, last: int, *, data_s=0.0, step_s=0.0, pause_s=0.0):
@@ -149,7 +149,7 @@ def test_a_resumed_log_counts_the_whole_run_and_remembers_its_headline(tmp_path)
     log.validation(7, SCORES | {"bits_per_spike": 9.0}, headline="bits_per_spike")  # after a step that runs again
     log.close()
     log = make_log(tmp_path, resume_step=6)
-    assert log.headline == ("bits_per_spike", 0.25)
+    assert (log.last_validation["step"], log.last_validation["bits_per_spike"]) == (6, 0.25)
     take_steps(log, 7, 8)
     log.close()
     assert [line["tokens"] for line in entries(tmp_path) if line["kind"] == "train"] == [1000 * step for step in range(1, 9)]
@@ -220,9 +220,15 @@ def test_the_peak_is_the_makers_dense_figure_or_unknown(name, teraflops):
 
 def test_the_shares_of_a_known_peak_count_recomputation_in_hfu_only(tmp_path, monkeypatch):
     monkeypatch.setitem(metrics.PEAK_FLOPS, "CPU", 1e12)
-    log = make_log(tmp_path, hfu_factor=4 / 3)
-    take_steps(log, 1, 1, step_s=0.01)
+    log = make_log(tmp_path, ranks=4)
+    log.start_step()
+    log.data_ready()
+    time.sleep(0.01)
+    log.train(1, 2.5, 0.5, 1e-3, flops=1e9, hfu_factor=4 / 3, attention_share=0.7, moved_bytes=10**6)
     (line,) = entries(tmp_path)
+    assert line["attention_share"] == 0.7 and line["reserved_memory_gib"] is None
+    assert line["offload_gb_per_s"] == pytest.approx(1e-3 / line["step_s"], rel=1e-12)
+    assert line["tokens_per_s_per_device"] == pytest.approx(line["tokens_per_s"] / 4, rel=1e-12)
     assert line["mfu"] == pytest.approx(1e9 / line["step_s"] / 1e12, rel=1e-12)
     assert line["hfu"] == pytest.approx(line["mfu"] * 4 / 3, rel=1e-12)
     log.close()

@@ -96,7 +96,7 @@ def test_a_stream_epoch_predicts_every_token_but_first_ones_once_from_the_right_
                 if not at_the_end:
                     assert label == texts[row][position]
                     predicted[row, position] += 1
-            assert batch.counts["next_token"] == sum(label != IGNORED for label in labels)
+            assert batch.counts == {"next_token": sum(label != IGNORED for label in labels)}
         assert predicted == Counter((row, position) for row, text in enumerate(texts) for position in range(1, len(text)))
 
 
@@ -122,18 +122,29 @@ def test_document_starts_are_boundaries_of_attention_unless_recordings_may_be_cr
     assert (plain.inputs["labels"] == batch.inputs["labels"]).all()
 
 
-def test_stream_windows_stay_inside_their_buffer_of_recordings():
-    tokens = np.full(20, 100)
-    stream = packing.Stream(tokens, packing.Draws(20, seed=1), seq_len=7, seed=1, shuffle_rows=4)
-    order = stream.epochs.table(0).rows.tolist()
-    buffers = [order.index(stream.window(i).origin[0]) // 4 for i in range(len(stream))]
-    assert buffers == sorted(buffers) and set(buffers) == set(range(5))
-    rows = [stream.window(i).origin[0] for i in range(30)]
-    assert sum(a != b for a, b in itertools.pairwise(rows)) > 15  # and inside it they do mix
+@pytest.mark.parametrize("mode", ["stream", "aligned"])
+def test_windows_stay_inside_their_buffer_of_recordings_and_mix_there(mode):
+    settings = {"seq_len": 8, "seed": 1, "shuffle_rows": 4}
+    if mode == "stream":
+        windows = packing.Stream(np.full(22, 100), packing.Draws(22, seed=1), **settings)
+    else:  # 13 windows a recording, and some recordings too wide for any
+        neurons = np.where(np.arange(22) % 7 == 3, 8, 3)
+        windows = packing.Aligned(neurons, np.full(22, 25), packing.Draws(22, seed=1), **settings)
+    orders = []
+    for epoch in (0, 5):
+        rows = [windows.window(i).origin[0] for i in range(epoch * len(windows), (epoch + 1) * len(windows))]
+        order = windows.epochs.table(epoch).rows.tolist()
+        assert sorted(order) == list(range(22))
+        buffers = [order.index(row) // 4 for row in rows]
+        assert buffers == sorted(buffers) and set(buffers) == set(range(6))  # five of four recordings and one of two
+        assert sum(a != b for a, b in itertools.pairwise(rows)) > len(rows) / 2
+        orders.append(order)
+    assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
 
 
-def test_aligned_training_covers_every_bin_once_from_a_separator(folder):
-    dataset = build(folder, mode="aligned", seq_len=16)
+@pytest.mark.parametrize("shuffle_rows", [1, 2, 256])
+def test_aligned_training_covers_every_bin_once_from_a_separator(folder, shuffle_rows):
+    dataset = build(folder, mode="aligned", seq_len=16, shuffle_rows=shuffle_rows)
     texts = documents(folder)
     seen, order = Counter(), []
     for i in range(len(dataset), 2 * len(dataset)):
@@ -196,9 +207,8 @@ def test_sample_i_does_not_depend_on_what_was_read_before(folder, mode):
 
 def test_fractional_weights_repeat_rows_as_often_as_they_say():
     weights = [2.25, 0.5, 0.0, 1.0]
-    windows = packing.Aligned(
-        np.full(4, 3), np.full(4, 40), packing.Draws(4, seed=3, weights=weights), seq_len=16, seed=3, overlap=False
-    )
+    draws, settings = packing.Draws(4, seed=3, weights=weights), {"seq_len": 16, "seed": 3, "shuffle_rows": 2}
+    windows = packing.Aligned(np.full(4, 3), np.full(4, 40), draws, **settings)
     assert windows.num_windows.tolist() == [10] * 4
     rows = Counter()
     for epoch in range(400):
@@ -211,5 +221,5 @@ def test_fractional_weights_repeat_rows_as_often_as_they_say():
     assert len(set(sizes)) > 1
     located = [windows.epochs.locate(i) for i in range(sum(sizes))]
     assert located == [(epoch, i) for epoch, size in enumerate(sizes) for i in range(size)]
-    fresh = packing.Aligned(np.full(4, 3), np.full(4, 40), packing.Draws(4, seed=3, weights=weights), seq_len=16, seed=3)
+    fresh = packing.Aligned(np.full(4, 3), np.full(4, 40), packing.Draws(4, seed=3, weights=weights), **settings)
     assert fresh.window(333) == windows.window(333)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from ranks import on_ranks
 
+import preflight
 import train
 from torchtitan_bio import config_loader, distributed, models, optimizer
 from torchtitan_bio.data.batch import IGNORED, Batch
@@ -38,18 +39,22 @@ def three_steps(rank, arguments, local_batch_size):
     config = config_loader.load(["--model.flavor", "debug", *arguments]).config
     parallelism = config.parallelism
     world = distributed.start(
-        shard_degree=parallelism.data_parallel_shard_degree, replicate_degree=parallelism.data_parallel_replicate_degree
+        shard_degree=parallelism.data_parallel_shard_degree,
+        replicate_degree=parallelism.data_parallel_replicate_degree,
+        context_degree=parallelism.context_parallel_degree,
     )
     architecture = models.resolve("llama3", "debug", {})
-    model = train.build_model(config, architecture, world, lambda line: None)
+    job = preflight.job_of(config, architecture, world.size, world.device)
+    model = train.build_model(config, architecture, job, world, lambda line: None).model
     adamw = optimizer.build(model, lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
     initial = {name: parameter.full_tensor().detach().clone() for name, parameter in model.named_parameters()}
     losses, gradients = [], {}
-    share = GLOBAL_BATCH // world.size
+    share = GLOBAL_BATCH // world.data_size
     for step in range(3):
-        first = world.rank * share
+        first = world.data_rank * share
         microbatches = [uneven_batch(step, start, local_batch_size) for start in range(first, first + share, local_batch_size)]
-        loss, grad_norm, taken = train.train_step(model, adamw, microbatches, world, max_norm=1e9)
+        method = parallelism.context_parallel_method
+        loss, grad_norm, taken = train.train_step(model, adamw, microbatches, world, 1e9, method)
         assert taken
         losses.append(loss)
         if step == 0:
@@ -64,18 +69,35 @@ def reference():
     return on_ranks(1, three_steps, [], GLOBAL_BATCH)[0]
 
 
+REPLICATE_2 = ["--parallelism.data_parallel_replicate_degree", "2"]
+CONTEXT_2, CONTEXT_4 = (["--parallelism.context_parallel_degree", degree] for degree in "24")
+RING = ["--parallelism.context_parallel_method", "ring"]
+KEEP_ATTENTION = ["--activation_checkpoint.mode", "keep_attention"]
+ON_HOST = ["--activation_checkpoint.keep_on", "host", "--activation_checkpoint.offload_inputs", "true"]
+IN_TILES = ["--activation_checkpoint.ffn_tiles", "3"]
+STATES_ON_HOST = ["--parallelism.offload_states", "true"]
+EVERYTHING = [*KEEP_ATTENTION, *ON_HOST, *IN_TILES, *STATES_ON_HOST]
+
+
 @pytest.mark.parametrize(
     ("ranks", "arguments", "local_batch_size"),
     [
         (1, [], 1),
         (2, [], 4),
         (2, ["--activation_checkpoint.mode", "full"], 2),
-        (2, ["--parallelism.data_parallel_replicate_degree", "2"], 4),
+        (2, REPLICATE_2, 4),
         (4, [], 2),
         (4, ["--parallelism.fsdp_reshard_after_forward", "never"], 1),
-        (4, ["--parallelism.data_parallel_replicate_degree", "2"], 2),
+        (4, REPLICATE_2, 2),
+        (4, REPLICATE_2, 1),
+        (2, STATES_ON_HOST, 2),
+        (2, [*CONTEXT_2, *KEEP_ATTENTION], 4),
+        (2, EVERYTHING, 4),
+        (4, [*CONTEXT_2, *REPLICATE_2], 2),
+        (4, [*CONTEXT_2, *EVERYTHING], 2),
     ],
-    ids=["accumulation", "fsdp-2", "fsdp-2-recompute", "replicate-2", "fsdp-4", "fsdp-4-kept", "hsdp-2x2"],
+    ids=["accumulation", "fsdp-2", "fsdp-2-recompute", "replicate-2", "fsdp-4", "fsdp-4-kept", "hsdp-2x2"]
+    + ["hsdp-2x2-accumulation", "states-on-host", "ulysses-2", "everything", "replicate-2-ulysses-2", "everything-and-ulysses"],
 )
 def test_losses_gradients_and_initial_weights_equal_one_process(reference, ranks, arguments, local_batch_size):
     losses, gradients, initial = reference
@@ -88,11 +110,21 @@ def test_losses_gradients_and_initial_weights_equal_one_process(reference, ranks
             assert error < TOLERANCE, f"{name}: {error:.2e}"
 
 
+@pytest.mark.parametrize(("ranks", "arguments"), [(2, CONTEXT_2), (4, CONTEXT_4), (4, [*CONTEXT_2, *EVERYTHING])])
+def test_a_ring_of_ranks_equals_one_process(reference, ranks, arguments):
+    """Merging parts of a softmax rounds more than summing it at once."""
+    losses, gradients, _ = reference
+    for other_losses, other_gradients, _ in on_ranks(ranks, three_steps, [*arguments, *RING], 2):
+        np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
+        for name, gradient in gradients.items():
+            assert np.abs(other_gradients[name] - gradient).max() < 1e-5 * np.abs(gradient).max(), name
+
+
 def skip_a_step(rank, what):
     """Three steps, the second with something not finite on the last rank alone: whether each was taken and left the weights."""
     config = config_loader.load(["--model.flavor", "debug"]).config
     world = distributed.start()
-    model = train.build_model(config, models.resolve("llama3", "debug", {}), world, lambda line: None)
+    model = train.build_model(config, models.resolve("llama3", "debug", {}), None, world, lambda line: None).model
     adamw = optimizer.build(model, lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
     report = []
     for step in range(3):
@@ -120,14 +152,16 @@ def test_a_value_that_is_not_finite_on_one_rank_makes_all_ranks_skip_that_step_a
         assert report == [(True, False), (False, True), (True, False)]
 
 
-def held_out_scores(rank, max_windows):
-    config = config_loader.load(["--model.flavor", "debug", "--training.seq_len", "128"]).config
-    world = distributed.start()
+def held_out_scores(rank, max_windows, context_degree=1, method="ulysses"):
+    method_setting = ["--parallelism.context_parallel_method", method]
+    config = config_loader.load(["--model.flavor", "debug", "--training.seq_len", "128", *method_setting]).config
+    world = distributed.start(context_degree=context_degree)
     architecture = models.resolve("llama3", "debug", {})
     _, held_out = train.build_data(config, architecture, world, lambda line: None)
-    model = train.build_model(config, architecture, world, lambda line: None)
+    job = preflight.job_of(config, architecture, world.size, world.device)
+    model = train.build_model(config, architecture, job, world, lambda line: None).model
     scores = train.named(held_out.scorer)(held_out)
-    return train.validate(model, held_out, world, scores, local_batch_size=3, max_windows=max_windows)
+    return train.validate(model, held_out, world, scores, local_batch_size=3, max_windows=max_windows, context_method=method)
 
 
 def test_held_out_scores_are_those_of_one_process_whatever_the_number_of_ranks():
@@ -136,6 +170,9 @@ def test_held_out_scores_are_those_of_one_process_whatever_the_number_of_ranks()
     assert one["windows"] == 10
     for ranks in (2, 4):
         for other in on_ranks(ranks, held_out_scores, 10):
+            assert other == pytest.approx(one, rel=1e-6)
+    for method in ("ulysses", "ring"):
+        for other in on_ranks(4, held_out_scores, 10, 2, method):
             assert other == pytest.approx(one, rel=1e-6)
 
 

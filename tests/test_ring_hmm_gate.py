@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import preflight
 import train
 from torchtitan_bio import config_loader, distributed, optimizer
 from torchtitan_bio.data import loader
@@ -18,11 +19,11 @@ TOML = Path(__file__).parent.parent / "train_configs" / "ring_hmm.toml"
 def test_a_thousand_steps_come_within_4_percent_of_the_floor_and_never_below_it():
     config = config_loader.load(["--job.config_file", str(TOML)]).config
     assert (config.training.steps, config.training.local_batch_size) == (1000, 4)
-    architecture, global_batch_size = train.check(config, 1)
+    architecture, global_batch_size = preflight.check(config, 1)
     world = distributed.start()
     silent = lambda line: None  # noqa: E731
     train_data, held_out = train.build_data(config, architecture, world, silent)
-    model = train.build_model(config, architecture, world, silent)
+    model = train.build_model(config, architecture, None, world, silent).model
     adamw = optimizer.build(model, **asdict(config.optimizer))
     batches = loader.build(
         train_data,

@@ -46,11 +46,10 @@ class Model(nn.Module):
     def blocks(self):
         return list(self.layers)
 
-    def init_weights(self, seed, store=layers.copy_in_place):
+    def init_weights(self, seed, own_part=layers.whole):
         for name, parameter in self.named_parameters():
-            generator = layers.generator_for(name, seed, parameter.device)
-            with torch.no_grad():
-                store(parameter, torch.randn(parameter.shape, generator=generator, device=parameter.device) * 0.3)
+            part, first = own_part(parameter)
+            layers.draw_normal(part, 0.3, seed=seed, name=name, first=first)
 
     def forward(self, inputs):
         x = self._hidden(inputs)

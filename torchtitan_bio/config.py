@@ -40,6 +40,8 @@ class Job:
     """The run folder. checkpoint/, metrics.jsonl, config.toml and tb/ lie directly in it. Empty: outputs/<name of the TOML>."""
     description: str = ""
     """One line about the run, printed at its start."""
+    must_fit: bool = True
+    """Refuse to start what, by plan.py's formulas, the device or the host cannot hold. false: warn and try."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ class Data:
     """How windows are cut. stream: shuffled recordings end to end; aligned: from a separator, inside one recording; legacy: the
     predecessor's windows, bit for bit, on one rank."""
     shuffle_rows: int = 256
-    """stream: windows are shuffled inside consecutive buffers of this many recordings."""
+    """stream and aligned: windows are shuffled inside consecutive buffers of this many recordings."""
     cross_recordings: bool = False
     """Let attention cross from one recording into the next. Legacy windows always do."""
     include_sources: list[str] = field(default_factory=list)
@@ -93,6 +95,9 @@ class Data:
     """Rows that are ragged, negative or empty are listed; more than this many of them stop the run."""
     num_workers: int = 0
     """Processes that read ahead (needs torchdata). 0: batches are made by the training process itself."""
+    index_folder: str = ""
+    """Where the index, and an Arrow copy of large Parquet files, are kept; on a cluster a folder that all nodes share. Empty: the
+    user's cache, and no index of small files."""
     accept_changed: bool = False
     """Go on from a checkpoint although the data's fingerprint differs. The change is logged."""
 
@@ -158,6 +163,8 @@ class Optimizer:
     """Added to AdamW's denominator."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices; norms, biases and embeddings are never decayed."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """The type in which AdamW's two moments rest. bfloat16 halves their memory and rounds them every step."""
 
     def __post_init__(self):
         _refuse(
@@ -198,21 +205,51 @@ class Parallelism:
     """Ranks that share one copy of parameters, gradients and optimizer (FSDP2). auto: all ranks of a replica."""
     data_parallel_replicate_degree: int = 1
     """Copies of the sharded model (HSDP): usually the number of nodes."""
+    context_parallel_degree: int = 1
+    """Ranks that share each sequence; parameters are sharded over shard degree times this."""
+    context_parallel_method: Literal["ulysses", "ring"] = "ulysses"
+    """ulysses exchanges tokens for heads around attention: its degree divides the key-value heads. ring passes keys and values
+    around: any degree of which twice divides the sequence."""
     fsdp_reshard_after_forward: Literal["always", "never"] = "always"
     """Whether a block's gathered parameters are freed between forward and backward: memory against a second gather."""
+    offload_states: bool = False
+    """Keep parameters, gradients and optimizer in host memory, where the optimizer also runs (CPUOffloadPolicy)."""
 
     def __post_init__(self):
         _refuse(
             self,
             data_parallel_shard_degree=(_at_least(self.data_parallel_shard_degree, 1), 'must be at least 1, or "auto"'),
             data_parallel_replicate_degree=(self.data_parallel_replicate_degree >= 1, "must be at least 1"),
+            context_parallel_degree=(self.context_parallel_degree >= 1, "must be at least 1"),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationCheckpoint:
-    mode: Literal["none", "full"] = "none"
-    """none keeps all activations; full keeps only each block's input and computes the block again in backward."""
+    mode: Literal["none", "full", "keep_attention"] = "none"
+    """none keeps all activations; full keeps only each block's input and computes the block again in backward; keep_attention
+    keeps attention's output and log-sum-exp too, so that the attention kernel runs forward once."""
+    keep_on: Literal["device", "host"] = "device"
+    """Where keep_attention keeps them: on the device, or in pinned host memory."""
+    offload_inputs: bool = False
+    """Block inputs wait in pinned host memory from forward to backward. Needs mode full or keep_attention."""
+    ffn_tiles: int | Literal["auto"] = 1
+    """The feed-forward half of a block is computed, and computed again in backward, in so many tiles of tokens; its working set
+    shrinks as their number grows. 1: all at once; auto: as many as bring it under a sixteenth of the device's memory."""
+
+    def __post_init__(self):
+        _refuse(
+            self,
+            keep_on=(
+                self.keep_on == "device" or self.mode == "keep_attention",
+                'needs activation_checkpoint.mode="keep_attention"',
+            ),
+            offload_inputs=(
+                not self.offload_inputs or self.mode != "none",
+                'needs activation_checkpoint.mode "full" or "keep_attention"',
+            ),
+            ffn_tiles=(_at_least(self.ffn_tiles, 1), 'must be at least 1, or "auto"'),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

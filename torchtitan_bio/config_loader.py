@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from torchtitan_bio import config as manual
 from torchtitan_bio.config import Config, ConfigError
-from torchtitan_bio.config_moved import GONE, GONE_SECTIONS, MOVED, REWORDED
+from torchtitan_bio.config_moved import GONE, GONE_SECTIONS, MOVED, OTHER_UNIT, REWORDED
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -252,7 +252,7 @@ def _accept(setting: Setting):
 def _unknown(path: tuple[str, ...], is_header: bool) -> str:
     section, key = path[0], ".".join(path[:2])
     if key in MOVED:
-        return f"{key} is called {MOVED[key]} here"
+        return ", ".join([f"{key} is called {MOVED[key]} here", *([OTHER_UNIT[key]] if key in OTHER_UNIT else [])])
     for pattern, reason in GONE.items():
         if fnmatchcase(key, pattern):
             return f"{key} does not exist here: {reason}"

@@ -3,6 +3,7 @@
 MOVED = {
     "training.batch_size": "training.local_batch_size",
     "training.gradient_accumulation_steps": "training.global_batch_size",
+    "training.enable_cpu_offload": "parallelism.offload_states",
     "training.dataset": "data.source",
     "training.dataset_path": "data.source",
     "training.n_fixed": "data.num_neurons",
@@ -29,6 +30,14 @@ MOVED = {
 }
 """Old name -> new name."""
 
+OTHER_UNIT = {
+    "training.gradient_accumulation_steps": "which counts sequences: local_batch_size * ranks * accumulation steps",
+    "training.batch_size": "sequences of one rank in one forward",
+    "validation.steps": "which counts windows over all ranks: steps * batch size * ranks",
+    "lr_scheduler.lr_min": "a share of optimizer.lr",
+}
+"""Old name -> how a number under the new name is counted, where the old number would mean something else."""
+
 GONE = {
     "job.print_*": "--print-config prints every value and where it came from",
     "model.norm_type": "RMSNorm is the only norm",
@@ -42,16 +51,15 @@ GONE = {
     "optimizer.implementation": "AdamW is always fused",
     "optimizer.early_step_in_backward": "it cannot clip by the global norm",
     "training.enable_loss_parallel": "tensor parallelism is not offered",
-    "training.enable_cpu_offload": "offload to the CPU is not offered",
     "training.deterministic": "a run on the CPU repeats itself exactly",
     "*.tensor_parallel_degree": "tensor parallelism is not offered; FSDP shards over all ranks",
     "*.pipeline_parallel_*": "pipeline parallelism is not offered; FSDP shards over all ranks",
-    "*.context_parallel_*": "context parallelism is not offered",
+    "*.context_parallel_rotate_method": "parallelism.context_parallel_method is ulysses or ring",
     "*.expert_parallel_*": "expert parallelism is not offered",
     "*.enable_async_tensor_parallel": "tensor parallelism is not offered",
     "*.enable_compiled_autograd": "compile.enable compiles each block",
     "compile.*": "compile.enable compiles each block",
-    "activation_checkpoint.*": "activation_checkpoint.mode is full or none",
+    "activation_checkpoint.*": "activation_checkpoint.mode is none, full or keep_attention",
     "checkpoint.folder": "checkpoints lie in checkpoint/ of the run folder, job.dump_folder",
     "checkpoint.interval_type": "checkpoint.interval counts optimizer steps",
     "checkpoint.model_weights_only": "every checkpoint can be resumed; dcp_to_llama.py exports the weights",
@@ -89,7 +97,8 @@ REWORDED = {
     ("training.global_batch_size", -1): 'is written "auto" here',
     ("parallelism.data_parallel_shard_degree", -1): 'is written "auto" here',
     ("parallelism.fsdp_reshard_after_forward", "default"): 'is written "always" or "never" here',
-    ("activation_checkpoint.mode", "selective"): 'is not offered; write "full" or "none"',
+    ("activation_checkpoint.mode", "selective"): 'is not offered; "keep_attention" keeps what is worth keeping, exactly',
+    ("activation_checkpoint.mode", "memory_budget"): 'is not offered; write "keep_attention", "full" or "none"',
     ("lr_scheduler.decay_type", "sqrt"): 'is not offered; write "linear" or "cosine"',
     ("checkpoint.keep_latest_k", 0): 'is written "all" here',
     ("checkpoint.async_mode", "async_with_pinned_mem"): 'is written "async" here',

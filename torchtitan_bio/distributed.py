@@ -20,15 +20,38 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 class World:
     rank: int
     size: int
+    local_rank: int
     device: torch.device
     mesh: DeviceMesh
-    """Two dimensions, "replicate" and "shard"; data is split over both."""
+    """Two dimensions, "replicate" and "shard", over all ranks: those that share sequences share parameters too."""
+    sequence: DeviceMesh
+    """Two dimensions, "data" and "context": data is split over the first, each sequence over the second, by neighbours."""
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.context_size
+
+    @property
+    def data_size(self) -> int:
+        return self.size // self.context_size
+
+    @property
+    def context_rank(self) -> int:
+        return self.rank % self.context_size
+
+    @property
+    def context_size(self) -> int:
+        return self.sequence["context"].size()
 
     def sum(self, numbers: dict[str, float]) -> dict[str, float]:
         """The sum over ranks under each key; all ranks hold the same keys. Exact for integers below 2^53."""
         names = sorted(numbers)
         totals = self.sum_array(np.array([numbers[name] for name in names], dtype=np.float64))
         return dict(zip(names, totals.tolist(), strict=True))
+
+    def sum_of_data(self, numbers: dict[str, float]) -> dict[str, float]:
+        """As sum, of what ranks that share a sequence all know of it: each sequence counts once."""
+        return self.sum({name: number if self.context_rank == 0 else 0 for name, number in numbers.items()})
 
     def sum_array(self, array: np.ndarray) -> np.ndarray:
         """The elementwise sum over ranks, in float64."""
@@ -42,37 +65,9 @@ class World:
         dist.all_reduce(total)
         return total
 
-    def all_true(self, flag: bool) -> bool:
-        return self.sum({"true": float(flag)})["true"] == self.size
-
-    def any_true(self, flag: bool) -> bool:
-        return self.sum({"true": float(flag)})["true"] > 0
-
-    def broadcast(self, value=None):
-        """Rank 0's JSON-able value on every rank."""
-        message = bytearray(json.dumps(value).encode()) if self.rank == 0 else bytearray()
-        length = torch.tensor([len(message)])
-        dist.broadcast(length, src=0)
-        buffer = torch.frombuffer(message, dtype=torch.uint8) if message else torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(buffer, src=0)
-        return json.loads(buffer.numpy().tobytes())
-
-    def gather(self, value) -> list | None:
-        """Each rank's JSON-able value, in rank order, on rank 0; None on the others."""
-        message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(message)]))
-        longest = max(int(length) for length in lengths)
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(message)] = message
-        received = [torch.empty_like(padded) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(padded, received, dst=0)
-        if received is None:
-            return None
-        return [json.loads(buffer[: int(length)].numpy().tobytes()) for buffer, length in zip(received, lengths, strict=True)]
-
-    def barrier(self):
-        self.sum({})
+    def exchange(self, value) -> list:
+        """Each rank's JSON-able value, in rank order, on every rank."""
+        return exchange(value)
 
     @contextmanager
     def together(self, what: str):
@@ -85,7 +80,7 @@ class World:
             yield
         except Exception as error:
             failure = error
-        reports = self.broadcast(self.gather(f"{failure}" if failure else None))
+        reports = self.exchange(str(failure) if failure else None)
         if failure:
             raise failure
         failed = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if report is not None]
@@ -93,44 +88,76 @@ class World:
             raise ValueError(f"{what} failed on {failed[0]}")
 
 
-def degrees(size: int, shard_degree: int | str, replicate_degree: int) -> tuple[int, int]:
+def exchange(value, group: dist.ProcessGroup | None = None) -> list:
+    """The JSON-able value of each rank of a group (None: all ranks), in rank order, on every one of them."""
+    message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(lengths, torch.tensor([len(message)]), group=group)
+    padded = torch.zeros(max(int(length) for length in lengths), dtype=torch.uint8)
+    padded[: len(message)] = message
+    buffers = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(buffers, padded, group=group)
+    return [json.loads(buffer[: int(length)].numpy().tobytes()) for buffer, length in zip(buffers, lengths, strict=True)]
+
+
+def degrees(size: int, shard_degree: int | str, replicate_degree: int, context_degree: int = 1) -> tuple[int, int]:
     """(replicate, shard) for so many ranks. "auto" shards over all ranks of a replica."""
     if shard_degree == "auto":
-        shard_degree = max(1, size // replicate_degree)
-    if replicate_degree * shard_degree != size:
+        shard_degree = max(1, size // (replicate_degree * context_degree))
+    if replicate_degree * shard_degree * context_degree != size:
         raise ValueError(
-            f"data_parallel_replicate_degree * data_parallel_shard_degree = {replicate_degree} * {shard_degree} "
-            f"is not the number of ranks, {size}"
+            f"data_parallel_replicate_degree * data_parallel_shard_degree * context_parallel_degree = "
+            f"{replicate_degree} * {shard_degree} * {context_degree} is not the number of ranks, {size}"
         )
     return replicate_degree, shard_degree
 
 
-def start(*, shard_degree: int | str = "auto", replicate_degree: int = 1, init_timeout_s: float = 600) -> World:
+def local_rank() -> int:
+    """This process's number on its node, as torchrun says."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def own_device() -> torch.device:
+    """The accelerator that this process takes, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def start(
+    *, shard_degree: int | str = "auto", replicate_degree: int = 1, context_degree: int = 1, init_timeout_s: float = 600
+) -> World:
     """Join the process group that torchrun's environment describes (none: a world of one) and lay out the mesh.
 
     A group that exists already is used as it is.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    size, device = int(os.environ.get("WORLD_SIZE", 1)), own_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         settings = {"backend": "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"}
         if "WORLD_SIZE" not in os.environ:
             settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(timeout=timedelta(seconds=init_timeout_s), **settings)
-    shape = degrees(size, shard_degree, replicate_degree)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    return World(rank=dist.get_rank(), size=size, device=device, mesh=mesh)
+    replicate, shard = degrees(size, shard_degree, replicate_degree, context_degree)
+    world = World(
+        rank=dist.get_rank(),
+        size=size,
+        local_rank=local_rank(),
+        device=device,
+        mesh=init_device_mesh(device.type, (replicate, shard * context_degree), mesh_dim_names=("replicate", "shard")),
+        sequence=init_device_mesh(device.type, (replicate * shard, context_degree), mesh_dim_names=("data", "context")),
+    )
+    set_timeout(world, init_timeout_s)  # groups of a mesh are made with torch's own
+    return world
 
 
 def set_timeout(world: World, timeout_s: float):
     """From now on a collective may take so long: the first step compiles and warms up, later ones do not."""
-    for group in (dist.group.WORLD, *world.mesh.get_all_groups()):
+    for group in (dist.group.WORLD, *world.mesh.get_all_groups(), *world.sequence.get_all_groups()):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def stop():
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group, with all ranks. One that has failed must not wait for the others: it exits."""
+    dist.destroy_process_group()

@@ -1,7 +1,8 @@
 """How fast, how good, how full: what a run says about itself.
 
 `Metrics` is what the training loop talks to; `MetricsFile` keeps the record: JSON lines with every digit. MFU counts the FLOPs
-that the mathematics needs, HFU those that the device performs, recomputation included, both over the device's dense peak.
+that the mathematics needs, half of them for causal attention and none across documents; HFU counts those that the device
+performs, recomputation included. Both are shares of the device's dense peak.
 """
 
 import json
@@ -9,6 +10,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -65,6 +67,32 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB elsewhere
 
 
+def reserved_memory_gib(device: torch.device) -> float | None:
+    """What the accelerator's allocator has taken at most, fragments included; None on a CPU, which has no such thing."""
+    return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None
+
+
+def device_memory_bytes(device: torch.device) -> int:
+    """All the memory there is: the accelerator's, or the host's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return host_memory_bytes()
+
+
+def host_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory_line(device: torch.device, predicted_bytes: float | None) -> str:
+    """The measured peak beside the predicted one, where there is a prediction."""
+    measured, predicted = peak_memory_gib(device), (predicted_bytes or math.nan) / 2**30
+    if predicted_bytes is None:
+        return f"peak memory: {measured:.2f} GiB"
+    if device.type == "cpu":
+        return f"peak memory: {measured:.2f} GiB of the whole process; predicted for its tensors: {predicted:.2f} GiB"
+    return f"peak memory: {measured:.2f} GiB, predicted {predicted:.2f} GiB ({measured / predicted - 1:+.1%})"
+
+
 def _plain(value):
     """As JSON has it: numbers of numpy and torch become Python's, and what is not finite becomes null."""
     if isinstance(value, dict):
@@ -88,8 +116,8 @@ def _numbers(entry: dict, prefix: str):
 def _supersede(path: Path, resumed_from: int):
     """Keep the lines of steps that will not run again, and replace the file in one move.
 
-    A run saves after it has validated, so both lines of the step that it resumes from are there to stay; one that starts at 0
-    validates at 0 again. The last line of a run that died may be torn: its step runs again.
+    A run saves after it has validated, so both lines of the step that it resumes from are there to stay. The last line of a run
+    that died may be torn: its step runs again.
     """
     kept = path.with_suffix(".kept")
     with path.open(encoding="utf-8") as lines, kept.open("w", encoding="utf-8") as out:
@@ -102,27 +130,38 @@ def _supersede(path: Path, resumed_from: int):
                 raise ValueError(
                     f"{path}, line {number} is not a line of metrics ({error}); delete it, or move the file"
                 ) from error
-            if 0 < resumed_from >= step:
+            if step <= resumed_from:
                 out.write(line)
         out.flush()
         os.fsync(out.fileno())
     kept.replace(path)
 
 
+def _set_aside(path: Path) -> Path:
+    """Rename the metrics of a run that left no checkpoint: they are no part of the run that starts, and not ours to delete."""
+    number = next(n for n in range(1, 10**6) if not path.with_name(f"metrics.before-{n}.jsonl").exists())
+    return path.rename(path.with_name(f"metrics.before-{number}.jsonl"))
+
+
 class MetricsFile:
     """metrics.jsonl in the run folder, one object a line, and TensorBoard's tb/ if asked for. Other ranks than 0 write nothing.
 
-    `resumed_from`: the step whose checkpoint this run goes on from, 0 for a fresh start. Lines of steps that run again go.
+    `resumed_from`: the step whose checkpoint this run goes on from, 0 for a fresh start. Lines of steps that run again go, and
+    those of an earlier run in the same folder are set aside.
     """
 
-    def __init__(self, folder: str | Path, *, enabled: bool, resumed_from: int = 0, tensorboard: bool = False):
+    def __init__(
+        self, folder: str | Path, *, enabled: bool, resumed_from: int = 0, tensorboard: bool = False, say: Callable = print
+    ):
         self._lines = self._board = None
         if not enabled:
             return
         path = Path(folder) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        if path.exists() and resumed_from:
             _supersede(path, resumed_from)
+        elif path.exists() and path.stat().st_size:
+            say(f"metrics of an earlier run are kept as {_set_aside(path)}")
         self._lines = path.open("a", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -150,7 +189,7 @@ class Metrics:
     """What the training loop tells: all of it goes to metrics.jsonl; validations and each log_freq-th step to the console too.
 
     A step lasts from start_step() to train(): saving and validation are in no rate, but in the ETA. The loop has read the loss
-    by then, so the device is done too. `hfu_factor`: FLOPs performed for each that the mathematics needs.
+    by then, so the device is done too. `ranks`: how many devices share tokens_per_step.
     """
 
     def __init__(
@@ -164,19 +203,22 @@ class Metrics:
         log_freq: int,
         tensorboard: bool,
         device: torch.device,
-        hfu_factor: float,
+        ranks: int = 1,
+        say: Callable = print,
     ):
-        self._file = MetricsFile(folder, enabled=enabled, resumed_from=resume_step, tensorboard=tensorboard)
-        self._enabled, self._device, self._hfu_factor = enabled, device, hfu_factor
+        self._file = MetricsFile(folder, enabled=enabled, resumed_from=resume_step, tensorboard=tensorboard, say=say)
+        self._enabled, self._device, self._ranks = enabled, device, ranks
         self._steps, self._tokens_per_step, self._log_freq = steps, tokens_per_step, log_freq
         self._peak = peak_flops(device_name(device))
-        self._first_start, self._training_s = None, 0.0
+        self._first_start, self._training_s, self._moved_bytes = None, 0.0, 0
         self._unlogged = []  # (seconds, FLOPs) of the steps since the last line on the console
         self.steps_here = 0  # steps that this process has done
-        self.headline = None  # (name, value) of the last validation's best known score, also of the run that this one resumes
-        for entry in read(folder) if enabled else []:
-            if entry["kind"] == "validation":
-                self.headline = (entry["headline"], entry[entry["headline"]])
+        validations = [entry for entry in (read(folder) if enabled else []) if entry["kind"] == "validation"]
+        self.last_validation = validations[-1] if validations else None  # also of the run that this one resumes
+
+    def start(self, step: int, **facts):
+        """The run starts or goes on, after so many steps, under these circumstances."""
+        self._file.write("start", step, device=device_name(self._device), **facts)
 
     def start_step(self):
         self._started = time.perf_counter()
@@ -185,8 +227,24 @@ class Metrics:
     def data_ready(self):
         self._data_wait_s = time.perf_counter() - self._started
 
-    def train(self, step: int, loss: float, grad_norm: float, lr: float, *, flops: float, skipped: bool = False):
-        """Step number `step` is done. `flops`: what the mathematics of this rank's part of it needs."""
+    def train(
+        self,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        *,
+        flops: float,
+        hfu_factor: float | None = None,
+        attention_share: float | None = None,
+        moved_bytes: int = 0,
+        skipped: bool = False,
+    ):
+        """Step number `step` is done.
+
+        flops: what the mathematics of this rank's part of it needs; hfu_factor: FLOPs performed for each of them;
+        attention_share: attention's part of them; moved_bytes: between device and host memory so far, both ways.
+        """
         now = time.perf_counter()
         seconds = now - self._started
         self._training_s += seconds
@@ -202,12 +260,17 @@ class Metrics:
             skipped=skipped,
             tokens=step * self._tokens_per_step,
             tokens_per_s=self._tokens_per_step / seconds,
+            tokens_per_s_per_device=self._tokens_per_step / seconds / self._ranks,
             step_s=seconds,
             data_wait_s=self._data_wait_s,
             mfu=share,
-            hfu=None if share is None else share * self._hfu_factor,
+            hfu=None if share is None or hfu_factor is None else share * hfu_factor,
+            attention_share=attention_share,
+            offload_gb_per_s=(moved_bytes - self._moved_bytes) / seconds / 1e9,
             peak_memory_gib=peak_memory_gib(self._device),
+            reserved_memory_gib=reserved_memory_gib(self._device),
         )
+        self._moved_bytes = moved_bytes
         if self.steps_here == 1 or step % self._log_freq == 0 or step == self._steps:
             self._print_step(step, loss, now)
 
@@ -219,7 +282,7 @@ class Metrics:
         self._print(
             f"step {step:>{len(str(self._steps))}}/{self._steps}",
             f"loss {loss:.4f}",
-            *([readable(*self.headline)] if self.headline else []),
+            *([readable(self.last_validation)] if self.last_validation else []),
             f"{self._tokens_per_step / seconds:,.0f} tokens/s",
             f"MFU {mfu(flops, seconds, self._peak):.1%}" if self._peak else "MFU n/a",
             f"ETA {clock_time((self._steps - step) * seconds * pauses)}",
@@ -227,9 +290,9 @@ class Metrics:
 
     def validation(self, step: int, scores: dict, *, headline: str):
         """The scores of the held-out set after so many steps; `headline` names the one that the console repeats."""
-        self.headline = (headline, scores[headline])
         self._file.write("validation", step, **scores, headline=headline)
-        self._print(f"step {step:>{len(str(self._steps))}}/{self._steps}", f"validation: {readable(*self.headline)}")
+        self.last_validation = {"step": step, **scores, "headline": headline}
+        self._print(f"step {step:>{len(str(self._steps))}}/{self._steps}", f"validation: {readable(self.last_validation)}")
 
     def _print(self, *words: str):
         if self._enabled:
@@ -245,8 +308,9 @@ def read(folder: str | Path) -> list[dict]:
         return [json.loads(line) for line in lines]
 
 
-def readable(name: str, value: float | None) -> str:
-    """bits/spike 1.2345"""
+def readable(validation: dict) -> str:
+    """The headline of a validation: bits/spike 1.2345"""
+    name, value = validation["headline"], validation[validation["headline"]]
     return f"{name.replace('_per_', '/')} {'n/a' if value is None else f'{value:.4f}'}"
 
 

@@ -4,14 +4,14 @@ Messages are JSON over a gloo group of their own, because an asynchronous save s
 on the default group.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
+
+from torchtitan_bio import distributed
 
 
 class CheckpointError(RuntimeError):
@@ -26,14 +26,7 @@ class Peers:
 
     def exchange(self, value) -> list:
         """Each rank's JSON-able value, in rank order, on every rank."""
-        message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(message)]), group=self.group)
-        padded = torch.zeros(max(int(length) for length in lengths), dtype=torch.uint8)
-        padded[: len(message)] = message
-        buffers = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(buffers, padded, group=self.group)
-        return [json.loads(buffer[: int(length)].numpy().tobytes()) for buffer, length in zip(buffers, lengths, strict=True)]
+        return distributed.exchange(value, self.group)
 
     def each(self, what: str, task: Callable):
         """This rank's task(). If it fails on any rank, all raise: ValueError where input was refused, else CheckpointError."""
@@ -63,7 +56,11 @@ class Peers:
 
 
 def meet(world, timeout_s: float = 3600) -> Peers:
-    """A group for checkpoints, made by all ranks together. It waits for the slowest writer, so its patience is long."""
+    """A group for checkpoints, made by all ranks together.
+
+    It waits for the slowest writer, so its patience is an hour, whatever the config's [comm] says of training's collectives. A
+    rank that dies is noticed at once all the same: torchrun ends the others.
+    """
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     return Peers(rank=world.rank, size=world.size, group=group)
 

@@ -41,8 +41,17 @@ class Draws:
         return np.repeat(np.arange(len(self.part)), self.whole + extra)
 
 
+@dataclass(frozen=True)
+class Epoch:
+    rows: np.ndarray  # of each draw, in the epoch's order
+    ends: np.ndarray  # tokens (of aligned windows: windows) up to and with each draw
+    buffers: np.ndarray  # first window of each buffer, and the number of windows
+    num_windows: int
+
+
 class Epochs:
-    """Tables of the last two epochs that were asked for, and which epoch a sample falls in."""
+    """Tables of the last two epochs that were asked for, and which epoch a sample falls in: by division, or where epochs differ
+    in length by counting them, once."""
 
     def __init__(self, make, *, equal):
         self.make, self.equal = make, equal
@@ -67,12 +76,16 @@ class Epochs:
         return epoch, i - (self.ends[epoch - 1] if epoch else 0)
 
 
-@dataclass(frozen=True)
-class StreamEpoch:
-    rows: np.ndarray  # of each draw, in the epoch's order
-    ends: np.ndarray  # tokens up to and with each draw
-    buffers: np.ndarray  # first window of each buffer, and the number of windows
-    num_windows: int
+def _edges(ends, shuffle_rows):
+    """Where each buffer of `shuffle_rows` draws begins, and where the last one ends, in the unit of `ends`."""
+    return np.concatenate([[0], ends[shuffle_rows - 1 : -1 : shuffle_rows], ends[-1:]])
+
+
+def _shuffle(i, buffers, *keys):
+    """The window that is shown as number i: one of the same buffer."""
+    buffer = int(np.searchsorted(buffers, i, side="right")) - 1
+    first, end = int(buffers[buffer]), int(buffers[buffer + 1])
+    return first + keyed.permutation(end - first, *keys, buffer)[i - first]
 
 
 class Stream:
@@ -96,16 +109,13 @@ class Stream:
         ends = np.cumsum(self.tokens[rows])
         total = int(ends[-1]) if len(rows) else 0
         num_windows = -(-max(total - 1, 0) // self.seq_len)
-        buffer_starts = np.concatenate([[0], ends[self.shuffle_rows - 1 : -1 : self.shuffle_rows], [total]])
-        return StreamEpoch(rows, ends, np.minimum(-(-buffer_starts // self.seq_len), num_windows), num_windows)
+        buffers = np.minimum(-(-_edges(ends, self.shuffle_rows) // self.seq_len), num_windows)
+        return Epoch(rows, ends, buffers, num_windows)
 
     def window(self, i):
         epoch, i = self.epochs.locate(i)
         table = self.epochs.table(epoch)
-        buffer = int(np.searchsorted(table.buffers, i, side="right")) - 1
-        first, end = int(table.buffers[buffer]), int(table.buffers[buffer + 1])
-        chosen = first + keyed.permutation(end - first, self.seed, WINDOW_ORDER, epoch, buffer)[i - first]
-        begin = chosen * self.seq_len
+        begin = _shuffle(i, table.buffers, self.seed, WINDOW_ORDER, epoch) * self.seq_len
         pieces = _pieces(table.rows, table.ends, begin, begin + self.seq_len + 1)
         num_tokens = sum(end - begin for _, begin, end in pieces)
         return Window(epoch, pieces, (1, num_tokens), pieces[0][:2])
@@ -142,30 +152,18 @@ class Legacy:
         return Window(epoch, pieces, (1, self.seq_len + 1), pieces[0][:2])
 
 
-@dataclass(frozen=True)
-class AlignedEpoch:
-    rows: np.ndarray
-    ends: np.ndarray  # windows up to and with each draw
-    num_windows: int
-
-
 class Aligned:
     """Windows of m = seq_len // (n + 1) whole bins of one recording, from a separator; what is left of seq_len is padding.
 
-    For training they do not overlap, and are permuted over the whole epoch by (seed, epoch). With `overlap` they are the exact
-    finite set for evaluation, in file order, max(1, m // 2) bins apart: each window scores the bins that none before it scored.
-    Rows whose windows would be shorter than a bin (with `overlap`, than two) get none.
+    For training they do not overlap, recordings are in an order keyed by (seed, epoch), and windows are permuted inside buffers
+    of `shuffle_rows` recordings, as in Stream. With `overlap` they are the exact finite set for evaluation, in file order,
+    max(1, m // 2) bins apart: each window scores the bins that none before it scored. Rows whose windows would be shorter than
+    a bin (with `overlap`, than two) get none.
     """
 
-    def __init__(self, neurons, bins, draws, *, seq_len, seed, overlap=False):
-        self.neurons, self.bins, self.draws, self.seq_len, self.seed, self.overlap = (
-            neurons,
-            bins,
-            draws,
-            seq_len,
-            seed,
-            overlap,
-        )
+    def __init__(self, neurons, bins, draws, *, seq_len, seed, shuffle_rows, overlap=False):
+        self.neurons, self.bins, self.draws, self.overlap = neurons, bins, draws, overlap
+        self.seq_len, self.seed, self.shuffle_rows = seq_len, seed, shuffle_rows
         self.window_bins = seq_len // (neurons + 1)
         self.stride = np.maximum(1, self.window_bins // 2 if overlap else self.window_bins)
         beyond_first = np.maximum(0, bins - (self.window_bins if overlap else self.stride))
@@ -177,8 +175,10 @@ class Aligned:
 
     def _table(self, epoch):
         rows = self.draws(epoch)
+        if not self.overlap:
+            rows = rows[keyed.order(len(rows), self.seed, ROW_ORDER, epoch)]
         ends = np.cumsum(self.num_windows[rows])
-        return AlignedEpoch(rows, ends, int(ends[-1]) if len(rows) else 0)
+        return Epoch(rows, ends, _edges(ends, self.shuffle_rows), int(ends[-1]) if len(rows) else 0)
 
     def window(self, i):
         if self.overlap and not 0 <= i < len(self):
@@ -186,7 +186,7 @@ class Aligned:
         epoch, i = self.epochs.locate(i)
         table = self.epochs.table(epoch)
         if not self.overlap:
-            i = keyed.permutation(table.num_windows, self.seed, WINDOW_ORDER, epoch)[i]
+            i = _shuffle(i, table.buffers, self.seed, WINDOW_ORDER, epoch)
         draw = int(np.searchsorted(table.ends, i, side="right"))
         row = int(table.rows[draw])
         number = i - (int(table.ends[draw - 1]) if draw else 0)

@@ -2,9 +2,10 @@
 
 Arrow stores a (neurons, bins) recording as one run of integers with two levels of offsets, so a recording that is not ragged is
 a plain view of the mapped file. The index is made in one pass over the data, which also finds what no offset can tell (counts
-that are negative or too large for a token), and is kept on disk: one process makes it, the others read it.
+that are negative or too large for a token, and a checksum), and is kept on disk: one process makes it, the others read it.
 """
 
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from torchtitan_bio.data import sources
 
 LARGEST_COUNT = 254  # 255 is the separator
 METADATA = ("source_dataset", "subject_id", "session_id", "segment_id")
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+CHECKSUM_COUNTS = 2**20  # decoded at a time, so that eight threads over int64 rows hold megabytes and not gigabytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,8 @@ class Index:
     """Bins."""
     clipped: np.ndarray
     """Counts above 254, which are read as 254."""
+    checksum: np.ndarray
+    """crc32 of the counts as they are read; of the whole row, also where this is a part of it."""
     fault: list[str]
     """Why a row cannot be read; empty for a good one."""
     chunk: np.ndarray
@@ -65,7 +69,7 @@ class Recordings:
 
     def __init__(self, files, cache_folder=None):
         self.files, self.cache_folder = list(files), Path(cache_folder or sources.default_cache())
-        self.keep_index = cache_folder is not None or sum(file.stat().st_size for file in files) > sources.IN_MEMORY_BYTES
+        self.keep_index = bool(cache_folder) or sum(file.stat().st_size for file in files) > sources.IN_MEMORY_BYTES
         self._counts = None
 
     def __getstate__(self):
@@ -82,13 +86,22 @@ class Recordings:
 
     def index(self):
         """Of every row in the order of the files; read from the cache folder if a process has left it there."""
+        if not self.keep_index:
+            return self._scan_all()
         path = self.cache_folder / f"index-v{INDEX_VERSION}-{sources.key_of(self.files)}.parquet"
-        if self.keep_index and path.exists():
-            return read_index(path)
-        index = _concatenate([_scan(number, chunk) for number, chunk in enumerate(self._chunks())])
-        if self.keep_index:
-            write_index(index, path)
-        return index
+        if not path.exists():
+            sources.write_whole(path, lambda temporary: write_index(self._scan_all(), temporary))
+        return read_index(path)
+
+    def count_clipped(self, index):
+        """Counts above 254 in what `index` keeps of each row. Only rows that hold one anywhere are read."""
+        clipped = np.zeros_like(index.clipped)
+        for row in np.flatnonzero(index.clipped).tolist():
+            clipped[row] = np.count_nonzero(self.block(index, row, 0, int(index.t[row])) > LARGEST_COUNT)
+        return clipped
+
+    def _scan_all(self):
+        return _concatenate([_scan(number, chunk) for number, chunk in enumerate(self._chunks())])
 
     def _chunks(self):
         for file in self.files:
@@ -99,8 +112,13 @@ class Recordings:
                     yield _arrow_chunk(batch, file)
 
 
+def decode(counts, clipped):
+    """Counts as they are read, uint8 and at most 254: a view of uint8 that hold nothing to clip."""
+    return (np.minimum(counts, LARGEST_COUNT) if clipped else counts).astype(np.uint8, copy=False)
+
+
 def write_index(index, path):
-    sources.write_whole(path, lambda temporary: pq.write_table(pa.table(vars(index)), temporary))
+    pq.write_table(pa.table(vars(index)), path)
 
 
 def read_index(path):
@@ -188,21 +206,22 @@ def _scan(number, chunk):
 
     def look(row):
         if chunk.fault:
-            return 0, chunk.fault
+            return 0, 0, chunk.fault
         if chunk.missing[row]:
-            return 0, "missing: a null where counts should be"
+            return 0, 0, "missing: a null where counts should be"
         if shortest[row] != longest[row]:
-            return 0, f"ragged: its neurons have from {shortest[row]} to {longest[row]} bins"
+            return 0, 0, f"ragged: its neurons have from {shortest[row]} to {longest[row]} bins"
         if not longest[row]:
-            return 0, f"empty: {n[row]} neurons x {longest[row]} bins"
+            return 0, 0, f"empty: {n[row]} neurons x {longest[row]} bins"
         counts = chunk.counts[offset[row] : offset[row] + n[row] * longest[row]]
         if counts.dtype.kind == "i" and (least := counts.min()) < 0:
-            return 0, f"negative: a count of {least}"
+            return 0, 0, f"negative: a count of {least}"
         # Finding the largest takes a tenth of the time of comparing each, and nearly no row holds one that is too large.
-        return (int(np.count_nonzero(counts > LARGEST_COUNT)) if counts.max() > LARGEST_COUNT else 0), ""
+        clipped = int(np.count_nonzero(counts > LARGEST_COUNT)) if counts.max() > LARGEST_COUNT else 0
+        return clipped, _checksum(counts, clipped), ""
 
     with ThreadPoolExecutor(max_workers=8) as pool:  # NumPy lets go of the interpreter, and a network disk likes company
-        clipped, fault = zip(*pool.map(look, range(len(n))), strict=True) if len(n) else ((), ())
+        clipped, checksum, fault = zip(*pool.map(look, range(len(n))), strict=True) if len(n) else ((), (), ())
     texts = {name: chunk.metadata.get(name) or [""] * len(n) for name in (*METADATA, "identifier")}
     names = zip(texts.pop("identifier"), *texts.values(), strict=True)
     return Index(
@@ -211,12 +230,20 @@ def _scan(number, chunk):
         n=n,
         t=longest,
         clipped=np.array(clipped, np.int64),
+        checksum=np.array(checksum, np.int64),
         fault=list(fault),
         chunk=np.full(len(n), number),
         offset=offset,
         stored_bins=longest,
         first_bin=np.zeros_like(n),
     )
+
+
+def _checksum(counts, clipped):
+    checksum = 0
+    for at in range(0, len(counts), CHECKSUM_COUNTS):
+        checksum = zlib.crc32(decode(counts[at : at + CHECKSUM_COUNTS], clipped), checksum)
+    return checksum
 
 
 def _concatenate(parts):

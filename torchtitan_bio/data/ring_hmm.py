@@ -77,6 +77,7 @@ class RingHMM:
             n=n,
             t=bins,
             clipped=zeros,
+            checksum=zeros,  # the generator's settings name its counts
             fault=[""] * num_rows,
             chunk=zeros,
             offset=np.arange(num_rows),

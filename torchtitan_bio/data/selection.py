@@ -14,7 +14,8 @@ SPLIT_BY = ("given", "session", "time")
 
 def split_rows(index, split, split_by):
     """The rows of `split`. given: all. session: 1% of sessions, by a hash of subject and session, are test, the others train;
-    no session is in both. time: the last fifth of each row's bins is test, the rest train."""
+    no session is in both. time: the last fifth of each row's bins is test, the rest train; of a row of fewer than five bins all
+    is train."""
     if split_by == "given":
         return index
     if split not in ("train", "test"):

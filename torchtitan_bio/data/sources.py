@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import re
-import tempfile
+import secrets
 from pathlib import Path
 
 import pyarrow as pa
@@ -78,21 +78,36 @@ def default_cache():
 
 
 def key_of(files):
-    """A name for the files' content that does not depend on where they lie: names, sizes and times of change."""
+    """A name for the files' content that does not depend on where they lie: names, sizes and times of change.
+
+    A file replaced by another of the same size under the same time (by cp -p or rsync -t of a doctored copy) keeps its key, and
+    an index that was kept is not made anew: its checksums are then the old file's. Looking closer would mean reading it all.
+    """
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
 
 
 def write_whole(path, write):
-    """`write(temporary path)`, then rename: whoever finds `path` finds all of it, also when two processes make it at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".partial")
-    os.close(handle)
+    """`write(temporary path)`, then rename: whoever finds `path` finds all of it, also when two processes make it at once.
+
+    A folder that cannot be written is found out before `write` begins its work.
+    """
+    temporary = path.with_name(f"{path.stem}-{secrets.token_hex(8)}.partial")
     try:
-        write(temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # not by tempfile, whose files only their owner may read: others share this one
+    except OSError as error:
+        raise ValueError(
+            f"{path.parent} cannot be written ({error}), and {path.name} is not in it yet. "
+            f"Set data.index_folder to a folder that can be written"
+        ) from error
+    try:
+        write(str(temporary))
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())  # or a power cut could leave the final name on an empty file
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def record_batches(file, cache_folder):

@@ -7,14 +7,14 @@ dataset: an endless sequence whose sample i is a pure function of (fingerprint, 
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from torchtitan_bio.data import keyed, packing, ring_hmm, selection, sources
 from torchtitan_bio.data.batch import IGNORED, Batch
-from torchtitan_bio.data.recordings import LARGEST_COUNT, Recordings
+from torchtitan_bio.data.recordings import LARGEST_COUNT, Recordings, decode
 
 SEPARATOR = 255
 CODEC = "bin-separator-255, counts to 254"
@@ -43,7 +43,7 @@ class Spikes:
     vocab_size = 256
     scorer = "torchtitan_bio.science.scores:SpikeScores"
     headline = "bits_per_spike"
-    baselines = "torchtitan_bio.science.baselines:ladder"
+    ladder = "torchtitan_bio.science.ladder:show"
 
     def __init__(
         self, store, index, windows, fingerprint, *, mode, seq_len, seed, num_neurons, cross_recordings, malformed, not_scored
@@ -85,9 +85,7 @@ class Spikes:
         block = self.store.block(self.index, row, begin, end)
         if neurons is not None:
             block = block[neurons]
-        if block.dtype != np.uint8 or self.index.clipped[row]:
-            block = np.minimum(block, LARGEST_COUNT).astype(np.uint8)
-        return block
+        return decode(block, self.index.clipped[row])
 
     def _write_tokens(self, row, begin, end, neurons, out):
         """Tokens [begin, end) of a row into out."""
@@ -118,7 +116,10 @@ class Spikes:
         for row, begin, end in window.pieces:
             if begin == 0 and self.mode != "legacy":
                 starts.append(at)
-            self._write_tokens(row, begin, end, self.neurons(row, epoch), tokens[at : at + end - begin])
+            try:
+                self._write_tokens(row, begin, end, self.neurons(row, epoch), tokens[at : at + end - begin])
+            except Exception as error:  # the sample's origin names its first recording only
+                raise RuntimeError(f"recording {self.index.id[row]} (row {row}): {type(error).__name__}: {error}") from error
             at += end - begin
         tokens[at:] = SEPARATOR
         return Sample(tokens, window.labels, starts, window.origin)
@@ -159,11 +160,14 @@ class Spikes:
         sources = Counter(index.source_dataset)
         lines = [
             f"data: {len(index):,} recordings of {int(index.n.min())} to {int(index.n.max()):,} neurons, "
-            f"{int((index.n * index.t).sum()):,} counts, {len(sources)} source(s), {len(self):,} windows an epoch ({self.mode})"
+            f"{int((index.n * index.t).sum()):,} counts, {len(sources)} source(s), split {self.fingerprint['split']}, "
+            f"{len(self):,} windows an epoch ({self.mode})"
         ]
-        for rows, what in ((self.malformed, "malformed and left out"), (self.not_scored, "too wide for a window")):
-            shown = "; ".join(f"{name}: {reason}" for name, reason in rows[:10])
-            lines += [f"data: {len(rows)} rows are {what}: {shown}" + ("; ..." if len(rows) > 10 else "")] if rows else []
+        lines += [f"data: malformed and left out: {name}: {reason}" for name, reason in self.malformed]
+        if self.not_scored:
+            shown = "; ".join(f"{name}: {reason}" for name, reason in self.not_scored[:10])
+            more = "; ..." if len(self.not_scored) > 10 else ""
+            lines.append(f"data: {len(self.not_scored)} rows are too wide for a window: {shown}{more}")
         if self.clipped:
             clipped = ", ".join(f"{count:,} of {source}" for source, count in self.clipped.items())
             lines.append(f"data: counts above {LARGEST_COUNT} are read as {LARGEST_COUNT}: {clipped}")
@@ -191,16 +195,20 @@ def build(
     """The dataset that the settings of [data] describe. With `overlap` (mode aligned) it is the finite set for evaluation, in
     which each count is scored once and source_weights have no say.
 
-    The index of large files is kept in `index_folder` (by default in the user's cache), so the process that builds first does
-    the work: one pass over the data. The others read what it left.
+    The index of large files is kept in the user's cache, or that of any files in `index_folder` where one is named. The process
+    that builds first does the work: one pass over the data. The others read what it left.
     """
     _check(mode, split_by, overlap, source_weights, num_neurons)
-    store, index = _open(source, split, split_by, index_folder)
+    found = find(source, split, split_by)
+    store = found if isinstance(found, ring_hmm.RingHMM) else Recordings(found, index_folder)
+    index = store.index()
     if not len(index):
         raise ValueError(f"{source} has no rows in split {split!r}")
     index = selection.keep_sources(index, include_sources, exclude_sources)
     index, malformed = selection.drop_malformed(index, max_malformed_rows)
     index = selection.split_rows(index, split, split_by)
+    if split_by == "time":  # until here they are clips of whole rows, train and test together
+        index = replace(index, clipped=store.count_clipped(index))
     if not len(index):
         raise ValueError(f"{source} has no readable recording in split {split!r} by {split_by}")
     crop = None if num_neurons == "all" else num_neurons
@@ -209,14 +217,14 @@ def build(
     draws = packing.Draws(len(index), seed=seed, weights=weights)
     not_scored = []
     if mode == "aligned":
-        windows = packing.Aligned(n, index.t, draws, seq_len=seq_len, seed=seed, overlap=overlap)
+        windows = packing.Aligned(n, index.t, draws, seq_len=seq_len, seed=seed, shuffle_rows=shuffle_rows, overlap=overlap)
         not_scored = _too_wide(index, n, seq_len, 2 if overlap else 1)
     elif mode == "stream":
         windows = packing.Stream((n + 1) * index.t, draws, seq_len=seq_len, seed=seed, shuffle_rows=shuffle_rows)
     else:
         windows = packing.Legacy((n + 1) * index.t, seq_len=seq_len)
     fingerprint = {
-        "rows": hashlib.sha256(json.dumps([index.id, index.n.tolist(), index.t.tolist()]).encode()).hexdigest()[:16],
+        "rows": _digest([index.id, index.source_dataset, *(column.tolist() for column in (index.n, index.t, index.checksum))]),
         "num_rows": len(index),
         "num_counts": int((index.n * index.t).sum()),
         "generator": str(store) if isinstance(store, ring_hmm.RingHMM) else None,
@@ -224,7 +232,7 @@ def build(
         "seq_len": seq_len,
         "mode": "aligned, overlapping" if overlap else mode,
         "seed": seed,
-        "shuffle_rows": shuffle_rows if mode == "stream" else None,
+        "shuffle_rows": None if overlap or mode == "legacy" else shuffle_rows,
         "cross_recordings": cross_recordings,
         "split": f"{split}, by {split_by}",
         "include_sources": _brief(list(include_sources)),
@@ -262,22 +270,22 @@ def _check(mode, split_by, overlap, source_weights, num_neurons):
         )
 
 
-def _open(source, split, split_by, index_folder):
-    """(store, its whole index) of the split; split_by other than given pools the splits of the files and divides them anew."""
+def find(source, split, split_by):
+    """The generator, or the files, of a split, without opening them; ValueError where there is none. No network is asked.
+
+    split_by other than given pools the splits of the files, to divide them anew.
+    """
     if source.startswith("ring-hmm"):
         if split_by != "given":
             raise ValueError(f"{source} makes its own splits train and test: data.split_by must be 'given', not {split_by!r}")
-        store = ring_hmm.parse(source, split)
-        return store, store.index()
+        return ring_hmm.parse(source, split)
     splits = sources.find_files(source, split)
     if split_by == "given" and split not in splits:
         raise ValueError(
             f"{source} has no split {split!r}; it has {', '.join(sorted(splits))}. "
             f"data.split_by='session' or 'time' makes train and test of it"
         )
-    files = splits[split] if split_by == "given" else [file for name in sorted(splits, reverse=True) for file in splits[name]]
-    store = Recordings(files, index_folder)
-    return store, store.index()
+    return splits[split] if split_by == "given" else [file for name in sorted(splits, reverse=True) for file in splits[name]]
 
 
 def _too_wide(index, n, seq_len, least_bins):
@@ -293,5 +301,8 @@ def _too_wide(index, n, seq_len, least_bins):
 
 def _brief(value):
     """A setting as it is, or its digest where it is too long for a fingerprint."""
-    text = json.dumps(value, sort_keys=True)
-    return value if len(text) <= 120 else f"{len(value)} entries, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return value if len(json.dumps(value)) <= 120 else f"{len(value)} entries, sha256 {_digest(value)}"
+
+
+def _digest(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

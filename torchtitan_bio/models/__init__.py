@@ -5,11 +5,12 @@ A family is a module with
 - `FLAVORS`: name -> Architecture;
 - `flops_per_token(architecture, seq_len)`: floating-point operations of training on one token of a document of that length,
   causal attention counted as half, linear in seq_len;
-- `Model(architecture, attend)`: an nn.Module without buffers, built on any device (meta too), with
-    blocks()                   the units to recompute, compile and shard, in order
-    init_weights(seed, store)  each parameter's full value, drawn from (seed, name) alone, given to store(parameter, value)
-    forward(inputs)            {term: summed loss, fp32 scalar}
-    logits(inputs)             where that has meaning
+- `Model(architecture, attend, ffn_tiles=1)`: an nn.Module without buffers, built on any device (meta too), with
+    blocks()                      the units to recompute, compile and shard, in order; their forward draws no random numbers
+    init_weights(seed, own_part)  fills each parameter in place, an element by the seed, the parameter's name and its own index
+                                  alone; own_part(parameter) is (the tensor to fill, how many elements lie before it)
+    forward(inputs)               {term: summed loss, fp32 scalar}
+    logits(inputs)                where that has meaning
 """
 
 import dataclasses
@@ -40,9 +41,9 @@ def resolve(name: str, flavor: str, overrides: dict):
     return architecture
 
 
-def build(name: str, architecture, attend=None):
+def build(name: str, architecture, attend=None, **options):
     """The model itself, on the device that is current; weights are what init_weights makes of them."""
-    return importlib.import_module(FAMILIES[name]).Model(architecture, attend)
+    return importlib.import_module(FAMILIES[name]).Model(architecture, attend, **options)
 
 
 def _unknown(where: str, given: str, known) -> str:

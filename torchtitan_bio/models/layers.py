@@ -4,6 +4,7 @@ Letters: B batch, S tokens of a row, H heads, D head dimension, T tokens, V voca
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 
@@ -41,10 +42,14 @@ def rope_frequencies(
     return frequencies * (kept + (1 - kept) / scaling_factor)
 
 
-def rope_table(num_positions: int, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (S, 1, D / 2) in fp32 whatever the model's type: bf16 tells apart 1,409 of 131,072 positions."""
-    positions = torch.arange(num_positions, dtype=torch.float32, device=frequencies.device)
-    angles = torch.outer(positions, frequencies)[:, None]
+def rope_table(positions: int | torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (S, 1, D / 2) of these positions, or of so many from 0 on.
+
+    In fp32 whatever the model's type: bf16 tells apart 1,409 of 131,072 positions.
+    """
+    if isinstance(positions, int):
+        positions = torch.arange(positions, device=frequencies.device)
+    angles = torch.outer(positions.to(frequencies.device, torch.float32), frequencies)[:, None]
     return angles.cos(), angles.sin()
 
 
@@ -69,7 +74,8 @@ def token_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
     weight = weight.float()
     tokens = max(1, at_once // len(weight))
     chunks = zip(hidden.split(tokens), labels.split(tokens), strict=True)
-    return sum(checkpoint(_cross_entropy, part, weight, targets, use_reentrant=False) for part, targets in chunks)
+    recomputed = functools.partial(checkpoint, _cross_entropy, use_reentrant=False, preserve_rng_state=False)
+    return sum(recomputed(part, weight, targets) for part, targets in chunks)
 
 
 def _cross_entropy(hidden, weight, labels):
@@ -77,14 +83,39 @@ def _cross_entropy(hidden, weight, labels):
     return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
 
 
-def generator_for(name: str, seed: int, device) -> torch.Generator:
-    """Random numbers that depend on the seed and a parameter's name alone, not on the number of ranks or on earlier draws."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+def whole(parameter: torch.nn.Parameter) -> tuple[torch.Tensor, int]:
+    """The part of a parameter that init_weights fills where nothing is sharded, and how many elements lie before it."""
+    return parameter, 0
 
 
-def copy_in_place(parameter: torch.nn.Parameter, full: torch.Tensor):
-    parameter.copy_(full)
+@torch.no_grad()
+def draw_normal(part: torch.Tensor, std: float, *, seed: int, name: str, first: int = 0, at_once: int = 2**18):
+    """Fill part, in place, with elements first, first + 1, ... of a parameter: normal, cut off at three times std.
+
+    An element is a function of the seed, the parameter's name and its own index alone: torch's generators would make it depend
+    on the device and on what else the rank draws. at_once elements are computed together: so many stay in a CPU's cache.
+    """
+    key, flat = _key(seed, name), part.view(-1)
+    for start in range(0, len(flat), at_once):
+        piece = flat[start : start + at_once]
+        index = torch.arange(first + start, first + start + len(piece), device=part.device)
+        # Of the 53 bits that fp64 holds, an odd number of halves: uniform in (-1, 1), its ends and 0 excluded.
+        uniform = (_splitmix64(index, key) >> 11).double().add_(0.5).mul_(2**-52)
+        piece.copy_(uniform.mul_(math.erf(3 / math.sqrt(2))).erfinv_().mul_(math.sqrt(2) * std))
+
+
+def _key(seed: int, name: str) -> int:
+    """An int64 of its own for each parameter and seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big", signed=True)
+
+
+def _splitmix64(index: torch.Tensor, key: int) -> torch.Tensor:
+    """The index-th of the 64-bit numbers that SplitMix64 makes of a key; index, of int64, is overwritten."""
+    bits = index.mul_(-0x61C8864680B583EB).add_(key)  # constants above 2^63 stand as the int64 of the same bits
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        shifted = bits >> shift  # copies of the sign come in from the left
+        bits.bitwise_xor_(shifted.bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
+    return bits
 
 
 def problems_of_types(architecture) -> list[str]:

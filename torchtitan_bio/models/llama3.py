@@ -4,6 +4,7 @@ Letters: B batch, S tokens of a row, H heads, D head dimension, T = B * S.
 """
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchtitan_bio import attention
+from torchtitan_bio import attention, recompute
 from torchtitan_bio.models import layers
 
 
@@ -105,39 +106,43 @@ class Attention(nn.Module):
         return self.wo(mixed.flatten(-2))
 
 
-class FeedForward(nn.Module):
-    def __init__(self, a: Architecture):
-        super().__init__()
-        self.w1 = nn.Linear(a.dim, a.ffn_dim, bias=False)
-        self.w2 = nn.Linear(a.ffn_dim, a.dim, bias=False)
-        self.w3 = nn.Linear(a.dim, a.ffn_dim, bias=False)
-
-    def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+def feed_forward_half(x, norm, w1, w2, w3, *, eps: float):
+    """The second half of a block, a function of each token alone: x + w2 (silu(w1 n) * w3 n) of the normalized n."""
+    n = F.rms_norm(x, norm.shape, norm, eps)
+    return x + F.linear(F.silu(F.linear(n, w1)) * F.linear(n, w3), w2)
 
 
 class Block(nn.Module):
-    def __init__(self, a: Architecture, attend):
+    def __init__(self, a: Architecture, attend, ffn_tiles: int):
         super().__init__()
         self.attention = Attention(a, attend)
-        self.feed_forward = FeedForward(a)
+        shapes = {"w1": (a.dim, a.ffn_dim), "w2": (a.ffn_dim, a.dim), "w3": (a.dim, a.ffn_dim)}
+        self.feed_forward = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
         self.attention_norm = nn.RMSNorm(a.dim, eps=a.norm_eps)
         self.ffn_norm = nn.RMSNorm(a.dim, eps=a.norm_eps)
+        self.ffn_tiles = ffn_tiles
 
     def forward(self, x, rope, cu_seqlens):
         x = x + self.attention(self.attention_norm(x), rope, cu_seqlens)
-        return x + self.feed_forward(self.ffn_norm(x))
+        weights = (self.ffn_norm.weight, *(self.feed_forward[name].weight for name in ("w1", "w2", "w3")))
+        return recompute.in_tiles(functools.partial(feed_forward_half, eps=self.ffn_norm.eps), x, weights, self.ffn_tiles)
 
 
 class Model(nn.Module):
-    """inputs: tokens (B, S), labels (B, S) with -100 where there is no target, cu_seqlens as in attention.Kernel or None."""
+    """inputs: tokens (B, S), labels (B, S) with -100 where there is no target, cu_seqlens as in attention.Kernel or None.
 
-    def __init__(self, architecture: Architecture, attend=None):
+    Where a rank holds a part of each row, "positions" (S) tells which, and attend gathers what it needs of the others.
+    ffn_tiles: tiles of tokens in which each block's feed-forward half is computed, and computed again in backward; 1 is off.
+    """
+
+    def __init__(self, architecture: Architecture, attend=None, ffn_tiles: int = 1):
         super().__init__()
+        if ffn_tiles < 1:
+            raise ValueError(f"ffn_tiles={ffn_tiles} is not at least 1")
         a, attend = architecture, attend or attention.TORCH_CHOICE
         self.architecture = a
         self.tok_embeddings = nn.Embedding(a.vocab_size, a.dim)
-        self.layers = nn.ModuleList(Block(a, attend) for _ in range(a.num_layers))
+        self.layers = nn.ModuleList(Block(a, attend, ffn_tiles) for _ in range(a.num_layers))
         self.norm = nn.RMSNorm(a.dim, eps=a.norm_eps)
         self.output = None if a.tie_embeddings else nn.Linear(a.dim, a.vocab_size, bias=False)
 
@@ -151,36 +156,34 @@ class Model(nn.Module):
         """(B, S, vocab_size) in the compute type."""
         return F.linear(self._hidden(inputs), self._output_weight())
 
-    def init_weights(self, seed: int, store=layers.copy_in_place):
+    @torch.no_grad()
+    def init_weights(self, seed: int, own_part=layers.whole):
         for name, parameter in self.named_parameters():
-            full = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-            with torch.no_grad():
-                self._draw(full, name, layers.generator_for(name, seed, parameter.device))
-                store(parameter, full)
+            part, first = own_part(parameter)
+            if name.endswith("norm.weight"):
+                part.fill_(1.0)
+            else:
+                layers.draw_normal(part, self._initial_std(name), seed=seed, name=name, first=first)
 
-    def _draw(self, full: torch.Tensor, name: str, generator: torch.Generator):
+    def _initial_std(self, name: str) -> float:
         a = self.architecture
-        if name.endswith("norm.weight"):
-            full.fill_(1.0)
-            return
         # Meta's 0.02 suits widths from 1,000 on; narrower layers need larger numbers to pass as much on.
         inner = max(0.02, math.sqrt(0.4 / a.dim))
         if name == "output.weight" or (name == "tok_embeddings.weight" and a.tie_embeddings):
-            std = a.dim**-0.5
-        elif name == "tok_embeddings.weight":
-            std = 1.0
-        elif name.endswith(("wo.weight", "w2.weight")):
-            std = inner / math.sqrt(2 * a.num_layers)  # so many of them add up in the residual stream
-        else:
-            std = inner
-        nn.init.trunc_normal_(full, std=std, a=-3 * std, b=3 * std, generator=generator)
+            return a.dim**-0.5
+        if name == "tok_embeddings.weight":
+            return 1.0
+        if name.endswith(("wo.weight", "w2.weight")):
+            return inner / math.sqrt(2 * a.num_layers)  # so many of them add up in the residual stream
+        return inner
 
     def _hidden(self, inputs: dict) -> torch.Tensor:
         tokens, cu_seqlens = inputs["tokens"], inputs.get("cu_seqlens")
         if cu_seqlens is not None and len(cu_seqlens) == len(tokens) + 1:
             cu_seqlens = None  # the boundaries of the rows and no others
         # The table is not a buffer: to_empty would leave one uninitialised, and mixed precision round it to bf16.
-        rope = layers.rope_table(tokens.shape[1], self._frequencies(tokens.device))
+        positions = inputs.get("positions")
+        rope = layers.rope_table(tokens.shape[1] if positions is None else positions, self._frequencies(tokens.device))
         x = self.tok_embeddings(tokens.long())
         for block in self.layers:
             x = block(x, rope, cu_seqlens)

@@ -2,12 +2,10 @@
 
 Each is fitted to the training counts of a session (one source, subject and session) and scored on the held-out counts of the
 same session, in bits/spike over the oracle Poisson null: the score that science/scores.py gives a model. Every held-out count
-is scored once, and nothing precedes a recording's first bin.
-
-    python -m torchtitan_bio.science.baselines SOURCE
+is scored once, and nothing precedes a recording's first bin. Nothing is carried over to the neurons of another session, so a
+session without training data is left out. ladder.py keeps and shows what is fitted here.
 """
 
-import argparse
 import time
 from dataclasses import dataclass
 from math import lgamma, log
@@ -27,12 +25,9 @@ RIDGE = 1.0  # a prior of standard deviation 1 on each weight of a GLM; 1 to 50 
 def ladder(train, test, say=print) -> list[tuple[str, float]]:
     """(name, held-out bits/spike) of each baseline, pooled over the sessions that both datasets hold.
 
-    `say` gets a line on what is left out, and one every ten seconds of a long fit.
+    `say` gets a line every ten seconds of a long fit.
     """
-    sessions = match(train, test)
-    unmatched = len(test.index.id) - sum(len(test_rows) for _, test_rows in sessions)
-    if unmatched:
-        say(f"baselines: {unmatched} of {len(test.index.id)} held-out recordings left out, no training data of their session")
+    sessions, _ = match(train, test)
     if not sessions:
         return []
     tokens = TokenTrigram()
@@ -79,19 +74,23 @@ class Session:
     inside: np.ndarray  # (bins,), false in that silence
 
 
-def match(train, test) -> list[tuple[list[int], list[int]]]:
-    """(train rows, test rows) of each session that both hold with as many neurons. Test rows too wide for a window are out."""
+def match(train, test) -> tuple[list[tuple[list[int], list[int]]], list[str]]:
+    """(train rows, test rows) of each session that both hold with as many neurons, and the names of the held-out recordings of
+    all other sessions. Test rows too wide for a window are in neither, as no model is scored on them."""
+    seen, held_out = _rows_by_session(train), _rows_by_session(test)
+    sessions = [(seen[key], rows) for key, rows in held_out.items() if key in seen]
+    return sessions, [test.index.id[row] for key, rows in held_out.items() if key not in seen for row in rows]
 
-    def rows_by_session(dataset):
-        index, groups, left_out = dataset.index, {}, {name for name, _ in dataset.not_scored}
-        for row, name in enumerate(index.id):
-            if name not in left_out:
-                session = (index.source_dataset[row], index.subject_id[row], index.session_id[row], dataset.width(row))
-                groups.setdefault(session, []).append(row)
-        return groups
 
-    seen, held_out = rows_by_session(train), rows_by_session(test)
-    return [(seen[key], rows) for key, rows in held_out.items() if key in seen]
+def _rows_by_session(dataset):
+    """A recording that names neither subject nor session is a session of its own, as it is for the null of a model's score."""
+    index, groups, not_scored = dataset.index, {}, {name for name, _ in dataset.not_scored}
+    for row, name in enumerate(index.id):
+        if name not in not_scored:
+            subject, session = index.subject_id[row], index.session_id[row]
+            named = (subject, session) if subject or session else (name,)
+            groups.setdefault((index.source_dataset[row], *named, dataset.width(row)), []).append(row)
+    return groups
 
 
 def gather(dataset, rows, max_counts=None) -> Session:
@@ -273,24 +272,3 @@ def conjugate_gradients(x, rate, gradient, max_iterations=30):
             break
         direction = scaled + size / previous.clamp(min=tiny) * direction
     return step
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Held-out bits/spike of the baselines on one data set.")
-    parser.add_argument("source", help="as data.source in a config")
-    parser.add_argument("--split", default="test", help="the held-out split (default: test)")
-    parser.add_argument("--split-by", default="given", help="as data.split_by in a config")
-    options = parser.parse_args()
-
-    from torchtitan_bio.data import spikes
-
-    train, test = (
-        spikes.build(source=options.source, split=split, split_by=options.split_by, seq_len=512)
-        for split in ("train", options.split)
-    )
-    for name, bits_per_spike in ladder(train, test):
-        print(f"{name:42s}{bits_per_spike:8.3f} bits/spike")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,150 @@
+"""Refuse what cannot run before it starts: what is known from a configuration, a number of processes and one device.
+
+WORLD_SIZE=8 python preflight.py --job.config_file train_configs/primate_8B.toml
+
+No process group, no network, no memory taken. train.sh asks this before torchrun, train.py and plan.py ask it themselves.
+Exit status: 0 it can start, 2 something is to be mended.
+"""
+
+import sys
+
+from torchtitan_bio import config_loader
+
+if __name__ == "__main__":
+    LOADED = config_loader.load_or_exit(sys.argv[1:])  # before torch is imported: --help and typos answer at once
+
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+from torchtitan_bio import context_parallel, costs, data, distributed, exits, metrics, models, recompute
+from torchtitan_bio.config import Config, ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main(config: Config):
+    size, device = int(os.environ.get("WORLD_SIZE", 1)), distributed.own_device()
+    architecture, _ = check(config, size)
+    problems, find = [], importlib.import_module(data.FAMILIES[config.model.name]).find
+    with exits.collecting(problems):
+        find(config.data.source, config.data.split, config.data.split_by)
+    if config.validation.enable:
+        with exits.collecting(problems):
+            find(config.validation.source or config.data.source, config.validation.split, config.data.split_by)
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    # Where a job of several nodes is submitted there may be no accelerator: each rank asks again for its own.
+    if int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) == 1:
+        refuse_too_large(config, job_of(config, architecture, size, device), device)
+
+
+def check(config: Config, world_size: int):
+    """The architecture and the global batch of a run that can work on so many ranks; every problem at once otherwise."""
+    training, parallelism, problems = config.training, config.parallelism, []
+    architecture = None
+    with exits.collecting(problems):
+        architecture = models.resolve(config.model.name, config.model.flavor, config.model.overrides)
+    with exits.collecting(problems, "parallelism: "):
+        distributed.degrees(
+            world_size,
+            parallelism.data_parallel_shard_degree,
+            parallelism.data_parallel_replicate_degree,
+            parallelism.context_parallel_degree,
+        )
+    if architecture and parallelism.context_parallel_degree > 1:
+        with exits.collecting(problems, "parallelism: "):
+            context_parallel.check(
+                parallelism.context_parallel_method,
+                parallelism.context_parallel_degree,
+                seq_len=training.seq_len,
+                num_kv_heads=architecture.num_kv_heads,
+            )
+    at_once = training.local_batch_size * max(1, world_size // parallelism.context_parallel_degree)
+    global_batch_size = at_once if training.global_batch_size == "auto" else training.global_batch_size
+    if global_batch_size % at_once:
+        below = global_batch_size - global_batch_size % at_once
+        problems.append(
+            f"training.global_batch_size={global_batch_size} is not a multiple of local_batch_size * ranks = "
+            f"{training.local_batch_size} * {at_once // training.local_batch_size}; nearest valid values are "
+            f"{below or at_once} and {below + at_once}"
+        )
+    if config.data.mode == "legacy" and world_size > 1:
+        problems.append(f"data.mode=legacy is defined on one rank, not {world_size}; use stream")
+    if config.data.num_workers and not importlib.util.find_spec("torchdata"):
+        problems.append(f"data.num_workers={config.data.num_workers} needs torchdata: pip install torchdata, or set it to 0")
+    tiles, num_tokens = config.activation_checkpoint.ffn_tiles, training.local_batch_size * training.seq_len
+    num_tokens //= parallelism.context_parallel_degree
+    if tiles != "auto" and tiles > num_tokens:
+        problems.append(f"activation_checkpoint.ffn_tiles={tiles} is more than the {num_tokens} tokens that a rank holds")
+    init_from, own = config.checkpoint.init_from, config_loader.run_folder(config) / "checkpoint"
+    if init_from and not own.is_dir() and not Path(init_from).is_dir():
+        problems.append(f"checkpoint.init_from={init_from} is not a folder")
+    if not config.checkpoint.enable and list(own.glob("step-*")):
+        problems.append(
+            f"checkpoint.enable=false, but {own} holds checkpoints; resume from them, or take another job.dump_folder"
+        )
+    if problems:
+        raise ConfigError(*problems)
+    return architecture, global_batch_size
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The type in which blocks compute on this device."""
+    wanted = config.training.mixed_precision_param
+    return DTYPES[wanted if wanted != "auto" else "float32" if device.type == "cpu" else "bfloat16"]
+
+
+def job_of(config: Config, architecture, world_size: int, device: torch.device, device_bytes: int | None = None):
+    """What costs.py must know of a checked run on so many devices like this one; None for a family without formulas."""
+    if not costs.describes(architecture):
+        return None
+    training, section, parallelism = config.training, config.activation_checkpoint, config.parallelism
+    replicate, shard = distributed.degrees(
+        world_size,
+        parallelism.data_parallel_shard_degree,
+        parallelism.data_parallel_replicate_degree,
+        parallelism.context_parallel_degree,
+    )
+    tiles, param_dtype = section.ffn_tiles, compute_dtype(config, device)
+    if tiles == "auto":
+        tiles = recompute.choose_tiles(
+            training.local_batch_size * training.seq_len // parallelism.context_parallel_degree,
+            architecture.dim,
+            architecture.ffn_dim,
+            param_dtype.itemsize,
+            (device_bytes or metrics.device_memory_bytes(device)) // 16,
+        )
+    return costs.job(
+        architecture,
+        training,
+        config.optimizer,
+        parallelism,
+        section,
+        replicate=replicate,
+        shard=shard,
+        param_dtype="float32" if param_dtype == torch.float32 else "bfloat16",
+        ffn_tiles=tiles,
+    )
+
+
+def refuse_too_large(config: Config, job, device: torch.device) -> list[str]:
+    """ConfigError for what this device, or its share of the host, cannot hold; warnings where job.must_fit is false."""
+    if job is None:
+        return []
+    share_gib = metrics.host_memory_bytes() / costs.GIB / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cpu":
+        needed_gib = costs.peak(job).bytes / costs.GIB
+        problems = [f"a process needs {needed_gib:.1f} GiB and its share is {share_gib:.1f}"] if needed_gib > share_gib else []
+    else:
+        problems = costs.check(job, metrics.device_memory_bytes(device) / costs.GIB, share_gib)
+    if problems and config.job.must_fit:
+        raise ConfigError(*problems, "plan.py says what would make it fit; job.must_fit=false tries it as it is")
+    return problems
+
+
+if __name__ == "__main__":
+    sys.exit(exits.run(lambda: main(LOADED.config)))

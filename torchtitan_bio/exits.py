@@ -1,0 +1,54 @@
+"""How a root script ends: 0, 2 for what its user can mend in the configuration or the data, 1 after any other failure."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+
+from torchtitan_bio.config import ConfigError
+
+OWN_CODE = ("torchtitan_bio", "__main__", "train")
+
+
+@contextmanager
+def blaming_the_input():
+    """Around what is built from a user's input: what our own code refuses can be mended; a library's complaint is a bug."""
+    try:
+        yield
+    except ValueError as error:
+        *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+        if innermost.f_globals["__name__"].partition(".")[0] in OWN_CODE:
+            raise ConfigError(error) from error
+        raise
+
+
+@contextmanager
+def collecting(problems: list[str], prefix: str = ""):
+    """A ValueError of the body becomes lines among the problems."""
+    try:
+        yield
+    except ValueError as error:
+        problems += [f"{prefix}{line}" for line in str(error).split("\n")]
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """main's exit code, None being 0. A failure is told, and ends the process here and now.
+
+    A rank that fails must not clean up first. That would wait for what the others have begun with it, a checkpoint for
+    instance, while torchrun waits for this very process to end before it ends them.
+    """
+    try:
+        return main() or 0
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print("this run cannot work:", *error.problems, sep="\n  ", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
