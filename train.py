@@ -103,8 +103,8 @@ def main(loaded: config_loader.Loaded):
     else:
         log.start(step, ranks=world.size, torch=torch.__version__, attention=built.kernel.record)
     # A finished run may have been trained without validation, or have lost its metrics; its ladder needs the last score.
-    is_scored = world.exchange(log.last_validation is not None and log.last_validation["step"] == step)[0]
-    if step in (0, training.steps) and not is_scored:
+    is_known = held_out is not None and log.has_validation(step, resume.sha256(held_out.fingerprint))
+    if step in (0, training.steps) and not world.exchange(is_known)[0]:
         score(step, config, model, held_out, world, log)
     gc.collect()
     gc.disable()  # collected below, on all ranks at once: one rank that pauses stalls the others
@@ -343,7 +343,9 @@ def restore(config, checkpoints, model, adamw, identity, state_of_run, world, sa
     section, training = config.checkpoint, config.training
     found = checkpoints.latest() if section.enable else None
     if section.enable and not (found and found[1]["step"] == training.steps):
-        checkpoints.preflight(checkpoint.num_bytes(model))
+        step = found[1]["step"] if found else 0
+        saves_ahead = -(-training.steps // section.interval) - step // section.interval
+        checkpoints.preflight(checkpoint.num_bytes(model), saves_ahead)
     if found:
         path, state = found
         now = state_of_run(state["step"], skipped_in_a_row=0)
@@ -383,7 +385,8 @@ def score(step: int, config: Config, model, held_out, world, log):
     )
     is_whole = section.max_windows == "all" or section.max_windows >= len(held_out)
     subset = "all" if is_whole else f"{section.max_windows} of {len(held_out)} windows, by hash"
-    scores |= {"subset": subset, "seconds": time.perf_counter() - started}
+    seconds = time.perf_counter() - started
+    scores |= {"subset": subset, "held_out": resume.sha256(held_out.fingerprint), "seconds": seconds}
     log.validation(step, scores, headline=held_out.headline)
 
 

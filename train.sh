@@ -9,7 +9,8 @@
 # The run takes place in the Python that is active, if that has torch, numpy and pyarrow. Otherwise in .venv, which is made on first
 # use with the versions of constraints.txt. A torch that is installed is never replaced. Then torchrun starts train.py, one process
 # per GPU or one on the CPU; in a SLURM job of several nodes srun starts one torchrun a node, and they meet on the first host, at a
-# port made from the job id. Paths are read from where you stand.
+# port made from the job id. A process that is alone needs no torchrun, unless TORCHRUN_ARGS ask for it: its errors and its exit code
+# are then its own. Paths are read from where you stand.
 #
 # What a site needs is said by environment variables, each of them optional:
 #   PYTHON           the Python that is looked at first, and from which .venv is made. Default: python3
@@ -133,6 +134,7 @@ print(nproc, max(cores // nproc, 1))' "${NPROC:-0}")
     # runs at 16,000 tokens/s with this and at 10,000 without; on idle cores at 31,000 and 34,000.
     export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 
+    if ((nodes * nproc == 1)) && [[ -z ${TORCHRUN_ARGS:-} ]]; then exec "$python" "$here/train.py" "${settings[@]}"; fi
     # `python -m` rather than `torchrun`, which on PATH may belong to another Python.
     command=("$python" -m torch.distributed.run --nproc-per-node="$nproc")
     if ((nodes > 1)); then

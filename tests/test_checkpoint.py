@@ -630,27 +630,28 @@ def test_preflight_names_the_path_and_both_numbers_when_space_is_short(world, tm
     free = shutil.disk_usage(tmp_path).free
     for keep, copies in ((3, 4), ("all", 2)):
         checkpoints = Checkpointer(tmp_path, world=world, keep_latest_k=keep)
-        checkpoints.preflight(1000)
-        with pytest.raises(
-            ValueError, match=rf"{tmp_path} has \d+ bytes free; {copies} checkpoints of {free // copies + 10**9} "
-        ):
-            checkpoints.preflight(free // copies + 10**9)
+        checkpoints.preflight(1000, saves_ahead=copies)
+        too_large = free // copies + 10**9
+        told = rf"{tmp_path} has [\d.]+ GiB free, and {copies} more checkpoint\(s\) of {too_large / 2**30:.1f} GiB each"
+        with pytest.raises(ValueError, match=told):
+            checkpoints.preflight(too_large, saves_ahead=9)
+        checkpoints.preflight(too_large, saves_ahead=1)
     assert listing(tmp_path) == []
     run.save(1)
-    Checkpointer(tmp_path, world=world, keep_latest_k=1).preflight(int(free * 0.6))
+    Checkpointer(tmp_path, world=world, keep_latest_k=1).preflight(int(free * 0.6), saves_ahead=9)
 
 
 def test_preflight_refuses_a_folder_that_cannot_be_written(world, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
-        Checkpointer(tmp_path / "file" / "checkpoint", world=world).preflight(1)
+        Checkpointer(tmp_path / "file" / "checkpoint", world=world).preflight(1, 1)
 
     def refuse(self, *args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(ValueError, match="cannot be written: .*Permission denied"):
-        Checkpointer(tmp_path / "new", world=world).preflight(1)
+        Checkpointer(tmp_path / "new", world=world).preflight(1, 1)
 
 
 def test_the_size_foretold_is_the_size_on_disk_within_a_tenth(world, tmp_path):

@@ -29,13 +29,13 @@ def test_a_fingerprint_differs_in_the_entry_that_changed_and_not_with_the_place_
         other = build(tmp_path / source, **settings).fingerprint
         return {key for key in base if base[key] != other[key]}
 
-    assert changed("longer.parquet") == {"rows", "num_rows", "num_counts"}
+    assert changed("longer.parquet") == {"ids, shapes and counts", "num_rows", "num_counts"}
     assert changed(seq_len=33) == {"seq_len"} and changed(seed=2) == {"seed"} and changed(shuffle_rows=2) == {"shuffle_rows"}
     assert changed(mode="legacy") == {"mode", "shuffle_rows"} and changed(num_neurons=2) == {"num_neurons"}
     aligned = [build(tmp_path / "here", mode="aligned", shuffle_rows=rows).fingerprint for rows in (256, 2)]
     assert {key for key in base if aligned[0][key] != aligned[1][key]} == {"shuffle_rows"}
     assert changed(source_weights={"lab1": 2.0}) == {"source_weights"}
-    assert changed(exclude_sources=["lab1"]) == {"rows", "num_rows", "num_counts", "exclude_sources"}
+    assert changed(exclude_sources=["lab1"]) == {"ids, shapes and counts", "num_rows", "num_counts", "exclude_sources"}
     many = [f"lab[{'0' * i}0-9]" for i in range(200)]
     assert len(json.dumps(build(tmp_path / "here", include_sources=many).fingerprint)) < 1000
 
@@ -58,7 +58,7 @@ def test_other_counts_of_the_same_shapes_or_other_names_of_sources_are_another_f
     pq.write_table(table(matrices, **names, source_dataset=[f"lab{i % 2}" for i in range(6)]), tmp_path / "z.parquet")
     base, *others = (build(tmp_path / f"{name}.parquet").fingerprint for name in "xyz")
     for other in others:
-        assert {key for key in base if base[key] != other[key]} == {"rows"}
+        assert {key for key in base if base[key] != other[key]} == {"ids, shapes and counts"}
 
 
 def test_an_index_left_on_disk_is_read_and_a_changed_file_makes_a_new_one(tmp_path, monkeypatch):
@@ -76,7 +76,10 @@ def test_an_index_left_on_disk_is_read_and_a_changed_file_makes_a_new_one(tmp_pa
     os.utime(file, ns=(0, 10**18))
     changed = build(file, index_folder=folder)
     assert file.stat().st_size == size and (changed.counts(2) == matrices[2] + 1).all()
-    assert changed.fingerprint["rows"] != first.fingerprint["rows"] and len(list(folder.iterdir())) == 2
+    assert (
+        changed.fingerprint["ids, shapes and counts"] != first.fingerprint["ids, shapes and counts"]
+        and len(list(folder.iterdir())) == 2
+    )
 
 
 def test_two_that_build_at_once_each_leave_a_whole_index_that_others_may_read(tmp_path, monkeypatch):

@@ -31,7 +31,11 @@ case "$1 ${2-}" in
         echo "none venv torch" >"$made/bin/report"
         case "$*" in *--system-site-packages*) cp "$beside/report" "$made/bin/report" ;; esac ;;
     "-m pip") record "$@"; echo "2.13.0 venv" >"$beside/report" ;;
-    *) record "$@"; case "$*" in *preflight.py*) echo "for $WORLD_SIZE" >>"$CALLS.asked"; exit "${CHECK:-0}" ;; esac ;;
+    *) record "$@"
+       case "$*" in
+           *preflight.py*) echo "for $WORLD_SIZE" >>"$CALLS.asked"; exit "${CHECK:-0}" ;;
+           *) exit "${FAIL:-0}" ;;
+       esac ;;
 esac
 """
 SRUN = r"""#!/usr/bin/env bash
@@ -99,26 +103,26 @@ def torchrun(call):
 
 
 def test_without_arguments_the_quickstart_is_trained(site):
-    code, _, calls = site.start(NPROC="1")
+    code, _, calls = site.start(NPROC="2")
     assert code == 0
     assert torchrun(calls[-1]).training_script == str(site.checkout / "train.py")
     assert settings_of(calls) == ["--job.config_file", str(site.checkout / "train_configs/quickstart.toml")]
 
 
 def test_arguments_that_begin_with_dashes_are_settings_of_the_quickstart(site):
-    _, _, calls = site.start("--training.steps", "5", NPROC="1")
+    _, _, calls = site.start("--training.steps", "5", NPROC="2")
     assert settings_of(calls)[1:] == [str(site.checkout / "train_configs/quickstart.toml"), "--training.steps", "5"]
 
 
 def test_a_config_and_settings_arrive_as_they_were_typed(site):
     typed = ["my runs/a b.toml", "--job.description", "two  spaces * $HOME", '--model.freeze=["*"]']
-    code, _, calls = site.start(*typed, NPROC="1")
+    code, _, calls = site.start(*typed, NPROC="2")
     assert code == 0
     assert settings_of(calls) == ["--job.config_file", *typed]
 
 
 def test_a_config_named_by_its_setting_replaces_the_quickstart(site):
-    _, _, calls = site.start("--job.config_file=x.toml", NPROC="1")
+    _, _, calls = site.start("--job.config_file=x.toml", NPROC="2")
     assert settings_of(calls) == ["--job.config_file=x.toml"]
 
 
@@ -130,7 +134,7 @@ def test_a_question_is_answered_without_torchrun(site, question):
 
 
 def test_a_mistake_in_the_config_ends_with_code_2_before_torchrun(site):
-    code, _, calls = site.start("x.toml", NPROC="1", CHECK="2")
+    code, _, calls = site.start("x.toml", NPROC="2", CHECK="2")
     assert code == 2
     assert not any("torch.distributed.run" in call for call in calls)
 
@@ -148,10 +152,11 @@ def test_one_process_per_gpu_shares_the_cores(site):
     assert calls[-1][0].startswith(f"OMP={max(cores // 2, 1)} ")
 
 
-def test_without_a_gpu_one_process_keeps_all_cores(site):
-    _, _, calls = site.start(**site.gpus(0))
-    assert torchrun(calls[-1]).nproc_per_node == "1"
-    assert calls[-1][0].startswith("OMP=unset ")
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_process_that_is_alone_keeps_all_cores_and_its_own_exit_code(site, gpus):
+    code, _, calls = site.start("x.toml", **site.gpus(gpus), FAIL="7")
+    assert calls[-1][2:] == [str(site.checkout / "train.py"), "--job.config_file", "x.toml"]
+    assert calls[-1][0].startswith("OMP=unset ") and code == 7
 
 
 def test_nproc_and_omp_num_threads_overrule_what_is_found(site):
@@ -193,26 +198,26 @@ def test_gpus_are_counted_on_a_node_that_trains(site):
 
 @pytest.mark.parametrize("job", ["1", "19999", "20000", "4294967294"])
 def test_the_port_follows_from_the_job_and_is_one_that_linux_leaves_free(site, job):
-    _, _, calls = site.start(NPROC="1", **(JOB | {"SLURM_JOB_ID": job}))
+    _, _, calls = site.start(NPROC="2", **(JOB | {"SLURM_JOB_ID": job}))
     host, port = torchrun(calls[-1]).rdzv_endpoint.split(":")
     assert host == "node-a7"
     assert int(port) == 10000 + int(job) % 20000 < 32768
 
 
 def test_a_job_on_one_node_needs_no_srun(site):
-    _, _, calls = site.start(NPROC="1", **(JOB | {"SLURM_JOB_NUM_NODES": "1"}))
+    _, _, calls = site.start(NPROC="2", **(JOB | {"SLURM_JOB_NUM_NODES": "1"}))
     assert torchrun(calls[-1]).standalone and not any(call[1] == "srun" for call in calls)
 
 
 def test_sbatch_runs_a_copy_that_finds_the_checkout(site, tmp_path):
     copy = tmp_path / "slurm_script"
     shutil.copy(site.checkout / "train.sh", copy)
-    _, _, calls = site.start(script=copy, NPROC="1", SLURM_SUBMIT_DIR=str(site.checkout))
+    _, _, calls = site.start(script=copy, NPROC="2", SLURM_SUBMIT_DIR=str(site.checkout))
     assert torchrun(calls[-1]).training_script == str(site.checkout / "train.py")
 
 
 def test_an_environment_that_has_everything_is_used_as_it_is(site):
-    code, _, calls = site.start(NPROC="1")  # the Python of these tests answers
+    code, _, calls = site.start(NPROC="2")  # the Python of these tests answers
     assert code == 0 and not (site.checkout / ".venv").exists()
     assert not any(word in call for call in calls for word in ("pip", "venv"))
     assert calls[-1][1] == str(site.bin / "python3")
@@ -220,7 +225,7 @@ def test_an_environment_that_has_everything_is_used_as_it_is(site):
 
 def test_without_torch_an_environment_is_made_once(site):
     site.report("none base torch pyarrow")
-    code, told, calls = site.start(NPROC="1")
+    code, told, calls = site.start(NPROC="2")
     venv = site.checkout / ".venv"
     assert code == 0 and f"making {venv}" in told
     assert [call[2:] for call in calls[:2]] == [
@@ -229,14 +234,14 @@ def test_without_torch_an_environment_is_made_once(site):
         + ["-c", str(site.checkout / "constraints.txt"), "-e", str(site.checkout)],
     ]
     assert calls[-1][1] == str(venv / "bin/python")
-    _, _, again = site.start(NPROC="1")
+    _, _, again = site.start(NPROC="2")
     assert not any(word in call for call in again for word in ("pip", "venv"))
     assert again[-1][1] == str(venv / "bin/python")
 
 
 def test_an_environment_is_made_on_top_of_a_torch_that_is_installed_and_keeps_it(site):
     site.report("2.11.0+rocm6.4 base pyarrow")
-    code, told, calls = site.start(NPROC="1", VENV=str(site.home / "made here"))
+    code, told, calls = site.start(NPROC="2", VENV=str(site.home / "made here"))
     made = site.home / "made here"
     assert code == 0 and "2.11.0+rocm6.4" in told
     assert calls[0][2:] == ["-m", "venv", "--system-site-packages", str(made)]
@@ -256,7 +261,7 @@ def test_an_environment_is_made_on_top_of_a_torch_that_is_installed_and_keeps_it
 )
 def test_an_environment_that_must_not_be_touched_is_named_and_left_alone(site, report, said):
     site.report(report)
-    code, told, calls = site.start(NPROC="1")
+    code, told, calls = site.start(NPROC="2")
     assert code == 1 and said in told and calls == []
     assert not (site.checkout / ".venv").exists()
 

@@ -100,6 +100,19 @@ def test_a_finished_run_started_again_says_so_and_trains_nothing(straight):
     assert (folder / "metrics.jsonl").read_text() == before
 
 
+def test_a_finished_run_is_scored_again_on_other_held_out_data_alone(straight, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "run")
+
+    def validations(*settings):
+        assert run(tmp_path / "run", "--training.steps", "24", *settings).returncode == 0
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        return [line["windows"] for line in lines if line["kind"] == "validation" and line["step"] == 24]
+
+    assert len(validations()) == 1
+    other = validations("--validation.split", "train")
+    assert len(other) == 2 and other[0] != other[1]
+
+
 def test_two_identical_runs_have_identical_losses(straight, tmp_path):
     assert run(tmp_path / "run", "--training.steps", "24").returncode == 0
     assert losses(tmp_path / "run") == losses(straight[0])

@@ -96,7 +96,7 @@ class Data:
     num_workers: int = 0
     """Processes that read ahead (needs torchdata). 0: batches are made by the training process itself."""
     index_folder: str = ""
-    """Where the index, and an Arrow copy of large Parquet files, are kept; on a cluster a folder that all nodes share. Empty: the
+    """Where the index and an Arrow copy of large Parquet files are kept; on a cluster a folder that all nodes share. Empty: the
     user's cache, and no index of small files."""
     accept_changed: bool = False
     """Go on from a checkpoint although the data's fingerprint differs. The change is logged."""

@@ -45,6 +45,7 @@ def run(main: Callable[[], int | None]) -> int:
             print("this run cannot work:", *error.problems, sep="\n  ", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         code = 130
     except BaseException:
         traceback.print_exc()

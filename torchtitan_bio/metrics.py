@@ -89,7 +89,7 @@ def peak_memory_line(device: torch.device, predicted_bytes: float | None) -> str
     if predicted_bytes is None:
         return f"peak memory: {measured:.2f} GiB"
     if device.type == "cpu":
-        return f"peak memory: {measured:.2f} GiB of the whole process; predicted for its tensors: {predicted:.2f} GiB"
+        return f"peak memory: {measured:.2f} GiB of the whole process; predicted for its tensors: {predicted:.2g} GiB"
     return f"peak memory: {measured:.2f} GiB, predicted {predicted:.2f} GiB ({measured / predicted - 1:+.1%})"
 
 
@@ -215,6 +215,11 @@ class Metrics:
         self.steps_here = 0  # steps that this process has done
         validations = [entry for entry in (read(folder) if enabled else []) if entry["kind"] == "validation"]
         self.last_validation = validations[-1] if validations else None  # also of the run that this one resumes
+
+    def has_validation(self, step: int, held_out: str) -> bool:
+        """Whether the last validation was after this step, on held-out data of this digest. Rank 0 alone can know."""
+        last = self.last_validation or {}
+        return (last.get("step"), last.get("held_out")) == (step, held_out)
 
     def start(self, step: int, **facts):
         """The run starts or goes on, after so many steps, under these circumstances."""

@@ -35,15 +35,17 @@ def check(path: Path, state: dict, now: dict, *, steps: int, accept_changed: boo
     """
     problems = []
     if state["step"] > steps:
-        problems.append(f"training.steps={steps}, but {path} is already at step {state['step']}")
+        problems.append(
+            f"training.steps={steps}, but {path} is already at step {state['step']}: raise it, or take another job.dump_folder"
+        )
     if (state["global_batch_size"], state["next_sample"]) != (now["global_batch_size"], now["next_sample"]):
         problems.append(
             f"global_batch_size is {now['global_batch_size']} here and {state['global_batch_size']} in {path}: samples would "
-            f"repeat or be skipped; set training.global_batch_size={state['global_batch_size']}, or start another run folder"
+            f"repeat or be lost; set training.global_batch_size={state['global_batch_size']} or another job.dump_folder"
         )
     difference = f"the data is not that of {path}: {'; '.join(changes(state['fingerprint'], now['fingerprint']))}"
     if state["fingerprint"] != now["fingerprint"] and not accept_changed:
-        problems.append(f"{difference}; mend it, start another run folder, or set data.accept_changed=true")
+        problems.append(f"{difference}; mend it, take another job.dump_folder, or set data.accept_changed=true")
     if problems:
         raise ValueError("\n".join(problems))
     if state["fingerprint"] != now["fingerprint"]:

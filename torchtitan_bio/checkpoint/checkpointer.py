@@ -43,8 +43,8 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
 
-    def preflight(self, bytes_needed: int):
-        """Refuse before step 1 what would fail at the first save. bytes_needed: of one checkpoint, see tensors.num_bytes."""
+    def preflight(self, bytes_needed: int, saves_ahead: int):
+        """Refuse before step 1 what would fail later. bytes_needed: of each of the checkpoints ahead, see tensors.num_bytes."""
         probe = self._peers.first("preflight", lambda: f".preflight-{secrets.token_hex(4)}")
 
         def write_probe():
@@ -63,13 +63,13 @@ class Checkpointer:
 
         def measure():
             free = shutil.disk_usage(self.folder).free
-            copies = 2 if self.keep_latest_k == "all" else self.keep_latest_k + 1
             there = len(commit.names_like(self.folder, commit.STEP))
-            needed = max(1, copies - there) * bytes_needed
-            if free < needed:
+            at_once = 2 if self.keep_latest_k == "all" else self.keep_latest_k + 1  # the newest beside those that it replaces
+            more = min(saves_ahead, max(1, at_once - there))
+            if free < more * bytes_needed:
                 raise ValueError(
-                    f"{self.folder} has {free} bytes free; {copies} checkpoints of {bytes_needed} bytes, {there} of them "
-                    f"there, need {needed}. Free space, or lower checkpoint.keep_latest_k"
+                    f"{self.folder} has {in_units(free)} free, and {more} more checkpoint(s) of {in_units(bytes_needed)} each "
+                    "will be written. Free space, or lower checkpoint.keep_latest_k"
                 )
 
         own = self.folder / f"{probe}-{self._peers.rank}"
@@ -165,6 +165,10 @@ class Checkpointer:
     def _set_aside(self, name: str, problem: str):
         aside = commit.set_aside(self.folder / name)
         self.say(f"checkpoint: {problem}; set aside as {aside.name}")
+
+
+def in_units(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def as_json(document: dict) -> dict:

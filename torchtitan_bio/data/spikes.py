@@ -224,7 +224,9 @@ def build(
     else:
         windows = packing.Legacy((n + 1) * index.t, seq_len=seq_len)
     fingerprint = {
-        "rows": _digest([index.id, index.source_dataset, *(column.tolist() for column in (index.n, index.t, index.checksum))]),
+        "ids, shapes and counts": _digest(
+            [index.id, index.source_dataset, *(column.tolist() for column in (index.n, index.t, index.checksum))]
+        ),
         "num_rows": len(index),
         "num_counts": int((index.n * index.t).sum()),
         "generator": str(store) if isinstance(store, ring_hmm.RingHMM) else None,
@@ -292,7 +294,10 @@ def _too_wide(index, n, seq_len, least_bins):
     wide = np.flatnonzero(seq_len // (n + 1) < least_bins)
     if len(wide) == len(n):
         least = least_bins * (int(n.min()) + 1)
-        raise ValueError(f"training.seq_len={seq_len} holds {least_bins} bins of no recording; the smallest needs {least}")
+        raise ValueError(
+            f"training.seq_len={seq_len} holds {least_bins} bins of no recording; the smallest, of {int(n.min()):,} neurons, "
+            f"needs {least}. A recording is an array (neurons, bins)"
+        )
     return [
         (index.id[row], f"{n[row]} neurons need seq_len >= {least_bins * (int(n[row]) + 1)}, it is {seq_len}")
         for row in wide.tolist()
