@@ -106,7 +106,7 @@ def test_a_finished_run_is_scored_again_on_other_held_out_data_alone(straight, t
     def validations(*settings):
         assert run(tmp_path / "run", "--training.steps", "24", *settings).returncode == 0
         lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-        return [line["windows"] for line in lines if line["kind"] == "validation" and line["step"] == 24]
+        return [line["held_out"] for line in lines if line["kind"] == "validation" and line["step"] == 24]
 
     assert len(validations()) == 1
     other = validations("--validation.split", "train")
