@@ -303,7 +303,7 @@ def build_model(config: Config, architecture, job, world, say) -> Built:
         head_dim=architecture.head_dim,
         with_halves=is_ring or section.mode == "keep_attention",
     )
-    say("; ".join([f"attention: {kernel.name} ({kernel.why})", *kernel.refused]))
+    say(f"attention: {kernel.name} ({kernel.why})")
     context = world.sequence["context"].get_group()
     if is_ring:
         attend = context_parallel.Ring(attend, context)
