@@ -1,4 +1,4 @@
-"""The benchmark for accelerators is rehearsed on the CPU at toy size, so that borrowed minutes are not lost to its own mistakes."""
+"""The accelerators' benchmark, rehearsed on the CPU at toy size: borrowed minutes are not to be lost to its own mistakes."""
 
 import json
 import subprocess

@@ -137,7 +137,7 @@ def mean_length(documents: Iterable[int]) -> float:
 
 
 def attention_flops_per_token(job: Job, length: float | None = None) -> float:
-    """Training FLOPs of scores and mixing, forward and backward, of a token in a document of this length (None: all of the row).
+    """Training FLOPs of scores and mixing, forward and backward, of a token in a document of this length (None: the row's).
 
     Causal: it meets half of them.
     """
@@ -299,7 +299,7 @@ def host_bytes(job: Job) -> float:
 
 
 def check(job: Job, device_gib: float, host_gib: float) -> list[str]:
-    """A line for each memory that is too small: the device, and a rank's share of the host's where it is used. Empty: it fits."""
+    """A line for each memory that is too small: the device's, and a rank's share of the host's where it is used."""
     problems = []
     needed, host = device_bytes(job) / GIB, host_bytes(job) / GIB
     if needed > device_gib:

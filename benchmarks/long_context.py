@@ -1,0 +1,311 @@
+"""What each technique for long context buys, beside the predecessor and transformers: seconds, memory, the longest sequence.
+
+    python benchmarks/long_context.py [--repeats 5] [--json outputs/long_context.json]
+
+The model is the 8B at 131,072 tokens made sixteen times narrower and shorter, with two layers: attention has the same share of
+its FLOPs. All contestants have the same weights and batches, are sharded over this one process, and take train.train_step in
+fp32. Before anything is measured their logits and their losses over three steps must agree.
+
+Memory is that of tensors, of which none hides: what a caching allocator would have to give out, with parameters, gradients and
+Adam's moments. On a CPU the host is the device; what techniques with `host` in their name leave there is counted apart.
+Seconds are the fastest of the repeats, in which the contestants take turns.
+"""
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import preflight
+import train
+from benchmarks import peers
+from torchtitan_bio import config_loader, costs, distributed, optimizer, parallelize
+from torchtitan_bio.data.batch import Batch
+from torchtitan_bio.live_memory import LiveMemory, fused_norms
+from torchtitan_bio.models.llama3 import Architecture, Model
+
+ARCHITECTURE = Architecture(dim=256, num_layers=2, num_heads=4, num_kv_heads=1, ffn_dim=896)
+LENGTHS = (2048, 4096, 8192)
+BUDGET_MIB = 192
+TOLERANCE = {"logits": 3e-5, "losses": 1e-5}
+"""Relative to the largest. An angle of token 2,048 is rounded to 1e-4 radians in fp32, and each contestant rounds its own."""
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Contestant:
+    name: str
+    build: Callable
+    """(world, weights) -> (sharded model, its host memories, its costs.Job or None)"""
+
+
+def ours(name: str, *settings: str) -> Contestant:
+    def build(world, weights):
+        sections = [setting if "." in setting else f"activation_checkpoint.{setting}" for setting in settings]
+        config = config_loader.load([f"--{setting}" for setting in sections]).config
+        job = preflight.job_of(config, ARCHITECTURE, world.size, world.device)
+        built = train.build_model(config, ARCHITECTURE, job, world, lambda line: None)
+        with torch.no_grad():
+            for parameter_name, parameter in built.model.named_parameters():
+                parameter.to_local().copy_(weights[parameter_name])
+        return built.model, built.host_memories, job
+
+    return Contestant(name, build)
+
+
+def peer(name: str, make: Callable, rename: Callable = lambda weights, architecture: weights, recompute="none") -> Contestant:
+    def build(world, weights):
+        model = make(ARCHITECTURE)
+        model.load_state_dict(rename(weights, ARCHITECTURE))
+        fp32 = {"param_dtype": torch.float32, "reduce_dtype": torch.float32}
+        parallelize.parallelize(
+            model, world.mesh, **fp32, recompute=recompute, compile_blocks=False, reshard_after_forward=True
+        )
+        return model, [], None
+
+    return Contestant(name, build)
+
+
+TRANSFORMERS, PLAIN, PREDECESSOR, FULL, KEPT = "transformers", "plain", "predecessor", "full", "keep_attention"
+TOGETHER = "keep_attention, tiles"
+CONTESTANTS = [
+    peer(TRANSFORMERS, lambda a: peers.Transformers(a, checkpointed=False), peers.transformers_names),
+    peer("transformers, checkpointed", lambda a: peers.Transformers(a, checkpointed=True), peers.transformers_names),
+    peer(PREDECESSOR, peers.Predecessor, recompute="full"),
+    ours(PLAIN, "mode=none"),
+    ours(FULL, "mode=full"),
+    ours(KEPT, "mode=keep_attention"),
+    ours("full, tiles", "mode=full", "ffn_tiles=8"),
+    ours("full, inputs on host", "mode=full", "offload_inputs=true"),
+    ours("keep_attention on host", "mode=keep_attention", "keep_on=host"),
+    ours(TOGETHER, "mode=keep_attention", "ffn_tiles=8"),
+    ours(
+        "keep_attention on host, tiles, inputs on host",
+        "mode=keep_attention",
+        "keep_on=host",
+        "ffn_tiles=8",
+        "offload_inputs=true",
+    ),
+]
+
+
+class Runner:
+    """A contestant with its optimizer, ready to take steps."""
+
+    def __init__(self, contestant: Contestant, world, weights):
+        self.name, self.world = contestant.name, world
+        self.model, self.host_memories, self.job = contestant.build(world, weights)
+        self.adamw = optimizer.build(self.model, lr=3e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+
+    def step(self, batch: Batch) -> float:
+        loss, _, taken = train.train_step(self.model, self.adamw, [batch], self.world, max_norm=1.0)
+        assert taken
+        return loss
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(host.allocated_bytes for host in self.host_memories)
+
+
+def lively_weights() -> dict[str, torch.Tensor]:
+    """With which no norm is 1 and attention is far from uniform, so that an error in either shows."""
+    generator, weights = torch.Generator().manual_seed(0), {}
+    for name, parameter in Model(ARCHITECTURE).named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        weights[name] = noise * parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 1 + 0.3 * noise
+    return weights
+
+
+def batch_of(seq_len: int) -> Batch:
+    drawn = torch.randint(0, 256, (1, seq_len + 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(seq_len))
+    inputs = {"tokens": drawn[:, :-1], "labels": drawn[:, 1:].to(torch.int16), "cu_seqlens": None}
+    return Batch(inputs, {"next_token": seq_len}, [(0, 0)])
+
+
+# ---- the gate
+
+
+def check_parity(world, weights) -> dict[str, dict[str, float]]:
+    """The largest differences from the predecessor, relative; SystemExit where one is too large."""
+    batch, results = batch_of(LENGTHS[0]), {}
+    for contestant in CONTESTANTS:
+        runner = Runner(contestant, world, weights)
+        with torch.no_grad():
+            logits = runner.model.logits(batch.inputs)
+        results[contestant.name] = logits, torch.tensor([runner.step(batch) for _ in range(3)])
+    differences = {}
+    for name, values in results.items():
+        pairs = zip(("logits", "losses"), values, results[PREDECESSOR], strict=True)
+        differences[name] = {what: ((a - b).abs().max() / b.abs().max()).item() for what, a, b in pairs}
+        if any(differences[name][what] > allowed for what, allowed in TOLERANCE.items()):
+            raise SystemExit(f"{name} computes something else than {PREDECESSOR}: {differences[name]}")
+    return differences
+
+
+# ---- memory
+
+
+def measure_memory(contestant: Contestant, world, weights, lengths) -> list[dict[str, float]]:
+    """Of each length, what a step holds at most, and what of the contestant's tensors waits in host memory beside it."""
+    measured = []
+    with LiveMemory() as memory:
+        runner = Runner(contestant, world, weights)
+        runner.step(batch_of(256))  # from here on there are moments
+        for seq_len in lengths:
+            before = runner.host_bytes
+            memory.peak = memory.live
+            runner.step(batch_of(seq_len))
+            host = runner.host_bytes
+            measured.append({"tokens": seq_len, "peak_mib": (memory.peak - host) / MIB, "host_mib": (host - before) / MIB})
+    return measured
+
+
+def measure_plan(contestant: Contestant, world, weights, seq_len: int) -> dict[str, float] | None:
+    """plan.py's formula beside a real step, whose norms here hold what an accelerator's do."""
+    with fused_norms():
+        (measured,) = measure_memory(contestant, world, weights, [seq_len])
+    _, _, job = contestant.build(world, weights)
+    if job is None:
+        return None
+    predicted = costs.peak(replace(job, seq_len=seq_len)).bytes / MIB
+    return {"predicted_mib": predicted, "measured_mib": measured["peak_mib"], "error": predicted / measured["peak_mib"] - 1}
+
+
+def find_longest(contestant: Contestant, world, weights, memory: list[dict[str, float]]) -> dict[str, float]:
+    """The growth between the two longest lengths, and the longest sequence that a line through them puts within the budget.
+
+    That one is run to see that it is. Another place in a block may have become the fullest by then: the line is drawn anew.
+    """
+    growth = growth_between(*memory[-2:])
+    left, right, longest = memory[-2], memory[-1], {"peak_mib": math.inf}
+    while longest["peak_mib"] > BUDGET_MIB:
+        tokens = int(left["tokens"] + (BUDGET_MIB - left["peak_mib"]) / growth_between(left, right)) // 64 * 64
+        (longest,) = measure_memory(contestant, world, weights, [tokens])
+        left, right = memory[-1], longest
+    return {"growth_kib": growth * 1024, "longest": longest}
+
+
+def growth_between(shorter: dict[str, float], longer: dict[str, float]) -> float:
+    """MiB a token."""
+    return (longer["peak_mib"] - shorter["peak_mib"]) / (longer["tokens"] - shorter["tokens"])
+
+
+# ---- time
+
+
+def measure_seconds(world, weights, repeats: int) -> dict[str, dict[int, list[float]]]:
+    """Of each contestant and length, the seconds of each repeat."""
+    runners = [Runner(contestant, world, weights) for contestant in CONTESTANTS]
+    seconds = {runner.name: {seq_len: [] for seq_len in LENGTHS} for runner in runners}
+    for seq_len in LENGTHS:
+        batch = batch_of(seq_len)
+        for runner in runners:
+            runner.step(batch)
+        for _ in range(repeats):
+            for runner in runners:
+                gc.collect()
+                started = time.perf_counter()
+                runner.step(batch)
+                seconds[runner.name][seq_len].append(time.perf_counter() - started)
+    return seconds
+
+
+# ---- the report
+
+
+def judge(rows: dict[str, dict]) -> list[tuple[str, float, float, bool]]:
+    """(what is compared, the figure, its bar, whether it is met); lower is better in all."""
+    fastest = {name: row["seconds"][LENGTHS[-1]]["fastest"] for name, row in rows.items()}
+    growth = {name: row["growth_kib"] for name, row in rows.items()}
+    errors = [abs(row["plan"]["error"]) for row in rows.values() if row["plan"]]
+    bars = [
+        (f"growth of memory, {TOGETHER} / {PLAIN}", growth[TOGETHER] / growth[PLAIN], 0.5),
+        (f"growth of memory, {TOGETHER} / {TRANSFORMERS}", growth[TOGETHER] / growth[TRANSFORMERS], 0.5),
+        (f"seconds at {LENGTHS[-1]:,}, {FULL} / {PREDECESSOR}", fastest[FULL] / fastest[PREDECESSOR], 1.05),
+        (f"seconds at {LENGTHS[-1]:,}, {KEPT} / {FULL}", fastest[KEPT] / fastest[FULL], 0.88),
+        (f"largest error of plan.py's memory at {LENGTHS[1]:,}", max(errors), 0.10),
+    ]
+    return [(what, figure, bar, figure <= bar) for what, figure, bar in bars]
+
+
+def print_tables(rows: dict[str, dict], bars, arguments):
+    print(f"\n{date.today()}, {torch.get_num_threads()} CPU cores, torch {torch.__version__}: `{' '.join(arguments)}`\n")
+    lengths = " / ".join(f"{length:,}" for length in LENGTHS)
+    print(
+        f"| | seconds a step at {lengths} tokens | / {PREDECESSOR} | peak MiB at {lengths} | KiB a token | longest in", end=" "
+    )
+    print(f"{BUDGET_MIB} MiB | on the host at {LENGTHS[-1]:,} | plan.py's error |")
+    print("|---" * 8 + "|")
+    base = rows[PREDECESSOR]["seconds"][LENGTHS[-1]]["fastest"]
+    for name, row in rows.items():
+        times = [row["seconds"][length]["fastest"] for length in LENGTHS]
+        cells = [
+            name,
+            " / ".join(f"{value:.2f}" for value in times),
+            f"{times[-1] / base:.2f}",
+            " / ".join(f"{entry['peak_mib']:.0f}" for entry in row["memory"]),
+            f"{row['growth_kib']:.1f}",
+            f"{row['longest']['tokens']:,}",
+            f"{row['memory'][-1]['host_mib']:.0f} MiB",
+            f"{row['plan']['error']:+.1%}" if row["plan"] else "",
+        ]
+        print(f"| {' | '.join(cells)} |")
+    print("\n| bar | figure | at most | |\n|---|---|---|---|")
+    for what, figure, bar, is_met in bars:
+        print(f"| {what} | {figure:.3f} | {bar} | {'met' if is_met else '**missed**'} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, default=Path("outputs/long_context.json"))
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    world, weights = distributed.start(), lively_weights()
+    parity = check_parity(world, weights)
+    for what, allowed in TOLERANCE.items():
+        print(
+            f"{what} differ by {max(found[what] for found in parity.values()):.1e} at most; {allowed:.0e} is allowed",
+            flush=True,
+        )
+    rows = {}
+    for contestant in CONTESTANTS:
+        memory = measure_memory(contestant, world, weights, LENGTHS)
+        rows[contestant.name] = {
+            "parity": parity[contestant.name],
+            "memory": memory,
+            "plan": measure_plan(contestant, world, weights, LENGTHS[1]),
+            **find_longest(contestant, world, weights, memory),
+        }
+        print(f"{contestant.name}: {rows[contestant.name]}", flush=True)
+    for name, by_length in measure_seconds(world, weights, arguments.repeats).items():
+        rows[name]["seconds"] = {
+            length: {"fastest": min(each), "median": statistics.median(each), "all": each} for length, each in by_length.items()
+        }
+    distributed.stop()
+    bars = judge(rows)
+    print_tables(rows, bars, ["python", *sys.argv])
+    took = time.perf_counter() - started
+    print(f"\n{took:.0f} s in all")
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "date": str(date.today()),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "budget_mib": BUDGET_MIB,
+    }
+    arguments.json.write_text(json.dumps(facts | {"rows": rows, "bars": bars}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
