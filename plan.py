@@ -69,11 +69,11 @@ NO_SHARE = 1024
 """Ranks over which a model is sharded so finely that a shard weighs nothing."""
 
 
-def main(config: Config, flags) -> int:
-    chip = CHIPS[flags.gpu]
+def main(loaded: config_loader.Loaded, flags) -> int:
+    config, chip = loaded.config, CHIPS[flags.gpu]
     gpus = flags.gpus or chip.gpus_per_node
     host_gib = chip.host_gib if flags.host_memory_gib is None else flags.host_memory_gib / min(gpus, chip.gpus_per_node)
-    architecture, _ = preflight.check(config, gpus)
+    architecture, _ = preflight.check(config, gpus, loaded.origin)
     if not costs.describes(architecture):
         raise ConfigError(f"model.name={config.model.name}: plan.py has no formulas for this family")
     job = preflight.job_of(config, architecture, gpus, torch.device("cuda"), int(chip.memory_gib * GIB))
@@ -83,12 +83,13 @@ def main(config: Config, flags) -> int:
     print(f"{name} on {gpus} x {flags.gpu}: {chip.memory_gib:g} GiB each, and {host_gib:g} GiB of host memory each")
     print(f"{costs.parameters(job):,} parameters ({config.model.name} {config.model.flavor})")
     print(f"a step is {job.sequences:,} sequences of {job.seq_len:,} tokens, {job.microbatches} forward passes of a rank\n")
-    report_memory(job, chip)
-    if not flags.no_trace:
-        report_trace(config, architecture, job)
-    report_host(job, host_gib)
-    seconds = report_time(job, chip, kernel, note)
-    report_run(config, job, seconds)
+    with exits.blaming_the_input():
+        report_memory(job, chip)
+        if not flags.no_trace:
+            report_trace(config, architecture, job)
+        report_host(job, host_gib)
+        seconds = report_time(job, chip, kernel, note)
+        report_run(config, job, seconds)
     return report_verdict(job, chip, host_gib, kernel)
 
 
@@ -285,10 +286,5 @@ def row(label: str, value: float, unit: str, note: str = "", digits: int = 2):
     print(f"  {label:<34}{value:>18,.{digits}f} {unit:<4}{note}".rstrip(" "))
 
 
-def run_main():
-    with exits.blaming_the_input():
-        return main(LOADED.config, FLAGS)
-
-
 if __name__ == "__main__":
-    sys.exit(exits.run(run_main))
+    sys.exit(exits.run(lambda: main(LOADED, FLAGS)))

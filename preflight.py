@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import importlib
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -26,9 +27,10 @@ from torchtitan_bio.config import Config, ConfigError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def main(config: Config):
+def main(loaded: config_loader.Loaded):
+    config = loaded.config
     size, device = int(os.environ.get("WORLD_SIZE", 1)), distributed.own_device()
-    architecture, _ = check(config, size)
+    architecture, _ = check(config, size, loaded.origin)
     problems, find = [], importlib.import_module(data.FAMILIES[config.model.name]).find
     with exits.collecting(problems):
         find(config.data.source, config.data.split, config.data.split_by)
@@ -42,8 +44,11 @@ def main(config: Config):
         refuse_too_large(config, job_of(config, architecture, size, device), device)
 
 
-def check(config: Config, world_size: int):
-    """The architecture and the global batch of a run that can work on so many ranks; every problem at once otherwise."""
+def check(config: Config, world_size: int, origin: dict[str, str] | None = None):
+    """The architecture and the global batch of a run that can work on so many ranks; every problem at once otherwise.
+
+    origin, as Loaded has it, tells in which file and line each was written.
+    """
     training, parallelism, problems = config.training, config.parallelism, []
     architecture = None
     with exits.collecting(problems):
@@ -83,13 +88,19 @@ def check(config: Config, world_size: int):
     init_from, own = config.checkpoint.init_from, config_loader.run_folder(config) / "checkpoint"
     if init_from and not own.is_dir() and not Path(init_from).is_dir():
         problems.append(f"checkpoint.init_from={init_from} is not a folder")
-    if not config.checkpoint.enable and list(own.glob("step-*")):
+    if not config.checkpoint.enable and any(re.fullmatch(r"step-\d{8}", path.name) for path in own.glob("step-*")):
         problems.append(
             f"checkpoint.enable=false, but {own} holds checkpoints; resume from them, or take another job.dump_folder"
         )
     if problems:
-        raise ConfigError(*problems)
+        raise ConfigError(*(with_origin(problem, origin or {}) for problem in problems))
     return architecture, global_batch_size
+
+
+def with_origin(problem: str, origin: dict[str, str]) -> str:
+    """A problem that begins with a key, behind the place where that key was set."""
+    place = origin.get(re.match(r"[\w.]*", problem)[0], config_loader.DEFAULT)
+    return problem if place == config_loader.DEFAULT else f"{place}: {problem}"
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -147,4 +158,4 @@ def refuse_too_large(config: Config, job, device: torch.device) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(exits.run(lambda: main(LOADED.config)))
+    sys.exit(exits.run(lambda: main(LOADED)))

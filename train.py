@@ -48,7 +48,7 @@ def main(loaded: config_loader.Loaded):
     """One run, from its configuration to its last checkpoint and score."""
     config, training = loaded.config, loaded.config.training
     size, device = int(os.environ.get("WORLD_SIZE", 1)), distributed.own_device()
-    architecture, global_batch_size = preflight.check(config, size)
+    architecture, global_batch_size = preflight.check(config, size, loaded.origin)
     job = preflight.job_of(config, architecture, size, device)
     too_large = preflight.refuse_too_large(config, job, device)
     world = distributed.start(
@@ -87,17 +87,7 @@ def main(loaded: config_loader.Loaded):
         step, skipped_in_a_row = restore(config, checkpoints, model, adamw, identity, state_of_run, world, say)
         with world.together(f"writing into {folder}"):
             log = open_run_folder(folder, config, world, step, global_batch_size, say)
-    batches = loader.build(
-        train_data,
-        start_step=step,
-        num_steps=training.steps,
-        global_batch_size=global_batch_size,
-        local_batch_size=training.local_batch_size,
-        rank=world.data_rank,
-        world_size=world.data_size,
-        num_workers=config.data.num_workers,
-        timeout_s=config.comm.train_timeout_seconds,
-    )
+    batches = read_from(step, train_data, config, global_batch_size, world)
     if step == training.steps:
         say(f"{folder} is finished: all {step} steps are done")
     else:
@@ -127,8 +117,7 @@ def main(loaded: config_loader.Loaded):
             if skipped_in_a_row > training.max_skipped_steps:
                 checkpoints.wait()
                 raise FloatingPointError(
-                    f"{skipped_in_a_row} steps in a row were skipped, more than training.max_skipped_steps = "
-                    f"{training.max_skipped_steps}; stopped at step {step}, the last checkpoint is untouched"
+                    f"{skipped_in_a_row} steps in a row were skipped; training.max_skipped_steps={training.max_skipped_steps}"
                 )
             if log.steps_here == 1:
                 say(metrics.peak_memory_line(world.device, costs.peak(job).bytes if job else None))
@@ -224,16 +213,11 @@ def named(path: str):
 
 
 def open_run_folder(folder: Path, config: Config, world, step: int, global_batch_size: int, say):
-    """Write down what this run was asked to do, and open its log where `step` left it. Rank 0 alone writes.
+    """Open the log where `step` left it, and write down what this run was asked to do. Rank 0 alone writes.
 
-    Nothing is touched before all that could refuse the run has agreed to it.
+    Nothing is touched before all that could refuse the run has agreed to it; a finished run keeps its record.
     """
-    if world.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        written = folder / "config.toml.new"
-        written.write_text(config_loader.dump(config))
-        written.replace(folder / "config.toml")
-    return metrics.Metrics(
+    log = metrics.Metrics(
         folder,
         enabled=world.rank == 0,
         resume_step=step,
@@ -245,6 +229,11 @@ def open_run_folder(folder: Path, config: Config, world, step: int, global_batch
         ranks=world.size,
         say=say,
     )
+    if world.rank == 0 and step < config.training.steps:
+        written = folder / "config.toml.new"
+        written.write_text(config_loader.dump(config))
+        written.replace(folder / "config.toml")
+    return log
 
 
 def build_data(config: Config, architecture, world, say):
@@ -281,6 +270,21 @@ def build_data(config: Config, architecture, world, say):
     for line in held_out.report() if held_out else []:
         say(f"held-out {line}")
     return train_data, held_out
+
+
+def read_from(step: int, train_data, config: Config, global_batch_size: int, world):
+    """This rank's microbatches of each step to come."""
+    return loader.build(
+        train_data,
+        start_step=step,
+        num_steps=config.training.steps,
+        global_batch_size=global_batch_size,
+        local_batch_size=config.training.local_batch_size,
+        rank=world.data_rank,
+        world_size=world.data_size,
+        num_workers=config.data.num_workers,
+        timeout_s=config.comm.train_timeout_seconds,
+    )
 
 
 @dataclass(frozen=True)

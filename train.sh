@@ -99,6 +99,8 @@ find_python() {
 }
 
 main() {
+    # Some sites export these for every job; a process that is alone would wait for others.
+    unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
     local settings=("$@") argument
     if [[ $# -gt 0 && $1 != -* ]]; then
         settings=(--job.config_file "$@")

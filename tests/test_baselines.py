@@ -150,7 +150,7 @@ def test_recordings_of_sessions_without_training_data_are_left_out_and_named():
     train, known, unknown = Rows(draw(0, 3, 200)), draw(1, 3, 50), draw(2, 3, 50)
     mixed = Rows(known, unknown, sessions=["x", "y"])
     assert baselines.ladder(train, mixed, quiet) == baselines.ladder(train, Rows(known), quiet)
-    assert baselines.match(train, mixed) == ([([0], [0])], ["1"])
+    assert baselines.match(train, mixed) == ([([0], [0])], {baselines.NOT_SEEN: ["1"]})
     assert baselines.ladder(train, Rows(unknown, sessions=["y"]), quiet) == []
 
 
@@ -160,13 +160,19 @@ def test_recordings_that_name_no_session_are_matched_by_their_own_name_and_not_b
     for rows in (train, test):
         rows.index.subject_id = rows.index.session_id = ["", ""]
     test.index.id = ["1", "2"]
-    assert baselines.match(train, test) == ([([1], [0])], ["2"])
+    assert baselines.match(train, test) == ([([1], [0])], {baselines.NOT_SEEN: ["2"]})
+
+
+def test_a_recording_of_which_other_neurons_were_trained_on_is_not_called_one_without_training_data():
+    train = Rows(draw(0, 3, 20), draw(1, 3, 20), sessions=["x", "y"])
+    test = Rows(draw(2, 4, 10), draw(3, 3, 10), draw(4, 4, 10), sessions=["x", "y", "z"])
+    assert baselines.match(train, test) == ([([1], [1])], {baselines.OTHER_WIDTH: ["0"], baselines.NOT_SEEN: ["2"]})
 
 
 def test_a_recording_too_wide_for_a_window_is_not_called_one_without_training_data():
     train, test = Rows(draw(0, 3, 20)), Rows(draw(1, 3, 10), draw(2, 9, 10))
     test.not_scored = [("1", "9 neurons need more")]
-    assert baselines.match(train, test) == ([([0], [0])], [])
+    assert baselines.match(train, test) == ([([0], [0])], {})
 
 
 def test_of_a_session_with_too_many_counts_the_last_recordings_are_fitted():

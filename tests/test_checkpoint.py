@@ -406,12 +406,14 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_set_aside_by_name_and_the_one_before_is_used(run, said, damage):
+def test_a_damaged_checkpoint_is_set_aside_by_name_and_the_one_before_is_used(world, run, said, damage):
     older, newest = run.save(1), run.save(2)
     name, harm = DAMAGES[damage]
     harm(newest / name)
     assert name in checkpoint.verify(newest)[0]
     assert run.checkpoints.latest()[0] == older
+    assert sorted(os.listdir(run.folder)) == ["step-00000001", "step-00000002"], "touched before the run was agreed to"
+    run.checkpoints.load(older, *build(world, seed=2), MODEL_JSON)
     assert any(name in line and "set aside as step-00000002.invalid-1" in line for line in said)
     assert sorted(os.listdir(run.folder)) == ["step-00000001", "step-00000002.invalid-1"]
     assert run.checkpoints.latest()[0] == older

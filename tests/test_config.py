@@ -1,17 +1,19 @@
 """The configuration: what is understood reaches the run unchanged, what is not stops it with the remedy."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
 import time
 from fnmatch import fnmatchcase
+from importlib import import_module
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from torchtitan_bio import models
+from torchtitan_bio import data, models
 from torchtitan_bio.config import Config, ConfigError, Model, Optimizer
 from torchtitan_bio.config_loader import KINDS, dump, load, manual_page, run_folder
 from torchtitan_bio.config_moved import GONE, GONE_SECTIONS, MOVED, REWORDED
@@ -67,30 +69,44 @@ def test_every_promised_toml_is_shipped():
     assert {path.stem for path in SHIPPED} == set(PROMISED.split())
 
 
-def test_every_field_is_read_by_the_program():
-    """As section.key, also of a section that was given a shorter name, or as a parameter that asdict(section) is handed to."""
+def fields_read() -> set[str]:
+    """What the program reads as config.section.key, also of a section that a function gave a shorter name, or that it has as a
+    parameter of f in f(**asdict(config.section)). [data] goes to each family's build(), which must have a parameter for it."""
     sources = [*ROOT.glob("*.py"), *(ROOT / "torchtitan_bio").rglob("*.py")]
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sources if path.name != "config.py"]
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    sections = {key.split(".")[0] for key in KINDS}
-    called = {name: {name} for name in sections}
-    for node in nodes:
-        if isinstance(node, ast.Assign):
-            whole = isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
-            pairs = zip(node.targets[0].elts, node.value.elts, strict=True) if whole else [(node.targets[0], node.value)]
-            for short, long in pairs:
-                if getattr(long, "attr", "") in sections:
-                    called.setdefault(getattr(short, "id", ""), set()).add(long.attr)
-    read = set()
-    for node in nodes:
-        if isinstance(node, ast.Attribute):
-            owner = getattr(node.value, "attr", getattr(node.value, "id", ""))
-            read |= {f"{section}.{node.attr}" for section in called.get(owner, ())}
-    calls = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "asdict"]
-    handed_over = {getattr(call.args[0], "attr", "") for call in calls}
-    parameters = {node.arg for node in nodes if isinstance(node, ast.arg)}
-    read |= {key for key in KINDS if key.split(".")[0] in handed_over and key.split(".")[1] in parameters}
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sources if path.name != "config.py"}
+    scopes = [(path.stem, scope) for path, tree in trees.items() for scope in tree.body]
+    functions = {(stem, scope.name): scope.args for stem, scope in scopes if isinstance(scope, ast.FunctionDef)}
+    builds = [import_module(module).build for module in data.FAMILIES.values()]
+    read = {f"data.{name}" for build in builds for name in inspect.signature(build).parameters}
+
+    def section(node) -> str | None:
+        """The section that config.optimizer or loaded.config.optimizer names."""
+        return getattr(node, "attr", None) if ast.unparse(node).rpartition(".")[0] in ("config", "loaded.config") else None
+
+    for _, scope in scopes:
+        called = {}
+        for node in ast.walk(scope):
+            if isinstance(node, ast.Assign):
+                sides = node.targets[0], node.value
+                whole = all(isinstance(side, ast.Tuple) for side in sides)
+                pairs = zip(*(side.elts for side in sides), strict=False) if whole else [sides]
+                called |= {short.id: section(long) for short, long in pairs if isinstance(short, ast.Name) and section(long)}
+        for node in ast.walk(scope):
+            if isinstance(node, ast.Attribute):
+                read.add(f"{section(node.value) or called.get(ast.unparse(node.value))}.{node.attr}")
+            unpacked = [keyword.value for keyword in getattr(node, "keywords", []) if not keyword.arg]
+            for value in unpacked:
+                taker = functions.get(tuple(ast.unparse(node.func).split(".")))
+                if taker and ast.unparse(value).startswith("asdict("):
+                    read |= {f"{section(value.args[0])}.{parameter.arg}" for parameter in taker.args + taker.kwonlyargs}
+    return read
+
+
+def test_every_field_is_read_by_the_program():
+    read = fields_read()
     assert sorted(set(KINDS) - read) == []
+    # A method of another object, and a parameter of a function that the section is not handed to, are no fields
+    assert not {"optimizer.step", "optimizer.warmup_steps", "data.num_steps"} & read
 
 
 def test_every_field_has_its_line_in_the_manual():

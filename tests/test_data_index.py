@@ -82,6 +82,36 @@ def test_an_index_left_on_disk_is_read_and_a_changed_file_makes_a_new_one(tmp_pa
     )
 
 
+@pytest.mark.parametrize("rows", [range(1), range(30, 50), range(79, 80)])
+def test_other_data_under_one_name_size_and_time_has_an_index_of_its_own(tmp_path, rows):
+    matrices = [np.ones((50, 200), np.int64) for _ in range(80)]
+    sets = [matrices, [matrix + 400 * (i in rows) for i, matrix in enumerate(matrices)]]
+    built = []
+    for name, content in zip(("one", "other"), sets, strict=True):
+        (tmp_path / name).mkdir()
+        write_arrow(tmp_path / name / "train.arrow", table(content, pa.list_(pa.list_(pa.int64()))), max_rows=10)
+        os.utime(tmp_path / name / "train.arrow", ns=(0, 0))
+        built.append(build(tmp_path / name, index_folder=tmp_path / "index"))
+    one, other = built
+    assert one.store.files[0].stat().st_size == other.store.files[0].stat().st_size > 4 * sources.END_BYTES
+    assert not one.clipped and sum(other.clipped.values()) == len(rows) * 50 * 200 and (other.counts(rows[0]) == 254).all()
+    (tmp_path / "one").rename(tmp_path / "elsewhere")
+    build(tmp_path / "elsewhere", index_folder=tmp_path / "index")
+    assert len(list((tmp_path / "index").iterdir())) == 2  # the same data in another place needs no third
+
+
+@pytest.mark.parametrize("number", [np.int16, np.uint16, np.int32, np.int64, np.uint64])
+def test_wide_counts_are_never_wrapped_even_if_the_index_knows_of_none_to_clip(number):
+    counts = np.array([[0, 254, 255, 256], [300, 511, 32767, 1]], number)
+    stored = counts.copy()
+    for clipped in (0, 5):
+        read = recordings_module.decode(counts[:, 1:], clipped)
+        assert read.dtype == np.uint8 and read.tolist() == [[254, 254, 254], [254, 254, 1]]
+    assert (counts == stored).all()
+    if number in (np.int16, np.int32, np.int64):
+        assert recordings_module.decode(np.array([-1], number), 0).tolist() == [0]  # and not the separator
+
+
 def test_two_that_build_at_once_each_leave_a_whole_index_that_others_may_read(tmp_path, monkeypatch):
     file, folder = tmp_path / "x.arrow", tmp_path / "index"
     write_arrow(file, table(recordings(6)))

@@ -1,8 +1,10 @@
 """Recordings from every kind of file, what is refused in them, and how they are chosen."""
 
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from spike_files import build, recordings, same_samples, table, write_arrow
 
+from torchtitan_bio import exits
+from torchtitan_bio.config import ConfigError
 from torchtitan_bio.data import loader, spikes
 
 
@@ -91,6 +95,99 @@ def test_local_files_need_no_package_of_hugging_face(tmp_path, monkeypatch):
         assert build(source).sample(3).tokens.shape == (33,)
     with pytest.raises(ValueError, match="needs `pip install datasets`"):
         build("lab/pile")
+
+
+def truncated(path, keep=0.6):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+
+
+def npy(path):
+    with path.open("wb") as file:
+        np.save(file, np.ones((2, 3), np.uint8))
+
+
+UNREADABLE = {
+    "cut.parquet": lambda path: (pq.write_table(table(recordings(9)), path), truncated(path)),
+    "text.parquet": lambda path: path.write_text("spike_counts"),
+    "schema.parquet": lambda path: pq.write_table(pa.table({"spikes": [1]}), path),
+    "cut_stream.arrow": lambda path: (write_arrow(path, table(recordings(9))), truncated(path)),
+    "cut_file.arrow": lambda path: (write_arrow(path, table(recordings(9)), pa.ipc.new_file), truncated(path)),
+    "empty.arrow": lambda path: path.touch(),
+    "schema.arrow": lambda path: write_arrow(path, pa.table({"spikes": [1]})),
+    "text.npz": lambda path: path.write_text("spike_counts"),
+    "npy.npz": npy,
+    "empty.npz": lambda path: path.touch(),
+    "cut.npz": lambda path: (np.savez(path, spike_counts=np.ones((30, 30), int)), truncated(path)),
+    "objects.npz": lambda path: np.savez(path, spike_counts=np.array([{}, None])),
+    "link.npz": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_file_that_cannot_be_read_is_named_as_the_users_to_mend(tmp_path, monkeypatch, name, in_memory):
+    monkeypatch.setattr("torchtitan_bio.data.sources.IN_MEMORY_BYTES", 2**26 if in_memory else 0)
+    (tmp_path / "data").mkdir()
+    UNREADABLE[name](tmp_path / "data" / name)
+    with pytest.raises(ConfigError) as caught, exits.blaming_the_input():
+        build(tmp_path / "data", index_folder=None if in_memory else tmp_path / "index")
+    message = str(caught.value)
+    assert f"{tmp_path / 'data' / name} cannot be read: " in message and "pickle" not in message
+    assert message.count("cannot be read") == 1
+
+
+def test_a_file_or_folder_without_permission_is_named_and_not_passed_over(tmp_path, monkeypatch):
+    """Tests may run as root, whom nothing is forbidden: the system is made to refuse."""
+    (tmp_path / "more").mkdir()
+    for file in (tmp_path / "x.parquet", tmp_path / "more" / "y.parquet"):
+        pq.write_table(table(recordings(3)), file)
+
+    def refusing(call, forbidden):
+        def guarded(path, *rest, **named):
+            if str(path) == str(forbidden):
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *rest, **named)
+
+        return guarded
+
+    for owner, name, forbidden in (
+        (pq, "read_table", tmp_path / "x.parquet"),
+        (os, "scandir", tmp_path / "more"),
+        (Path, "exists", tmp_path),
+    ):
+        with monkeypatch.context() as patched, pytest.raises(ValueError, match=f"^{tmp_path}.* cannot be read: .*denied"):
+            patched.setattr(owner, name, refusing(getattr(owner, name), forbidden))
+            build(tmp_path)
+
+
+def test_objects_beside_the_counts_of_an_npz_do_no_harm(tmp_path):
+    np.savez(tmp_path / "x.npz", spike_counts=np.ones((2, 3), int), settings=np.array({"a": 1}), subject_id="mouse")
+    assert build(tmp_path / "x.npz").index.subject_id == ["mouse"]
+
+
+def test_counts_stored_as_floats_are_refused_with_the_cast_that_mends_them(tmp_path):
+    for counts, advice in {
+        ((0.0, 255.0),): r"spike_counts.astype\(np.uint8\)\nMend them$",
+        ((0.0, 256.0),): r"spike_counts.astype\(np.uint16\)\nMend them$",
+        ((False, True),): r"spike_counts.astype\(np.uint8\)\nMend them$",
+        ((0.5, 1.0),): r"float64 \(1, 2\), expected \(neurons, bins\)\nMend them$",
+        ((float("nan"), 1.0),): r"float64 \(1, 2\), expected \(neurons, bins\)\nMend them$",
+        ((float("inf"), 1.0),): r"float64 \(1, 2\), expected \(neurons, bins\)\nMend them$",
+        ((-1.0, 1.0),): r"float64 \(1, 2\), expected \(neurons, bins\)\nMend them$",
+    }.items():
+        np.savez(tmp_path / "x.npz", spike_counts=np.array(counts))
+        with pytest.raises(ValueError, match=r"1 malformed of 1 row, data\.max.*\n.*" + advice):
+            build(tmp_path / "x.npz")
+    np.savez(tmp_path / "y.npz", spike_counts=np.array([[1]]))
+    with pytest.raises(ValueError, match="leave them out with data.max_malformed_rows=1$"):
+        build(tmp_path)
+
+
+def test_a_folder_whose_name_ends_like_a_file_is_a_folder(tmp_path):
+    (tmp_path / "all.parquet").mkdir()
+    pq.write_table(table(recordings(3)), tmp_path / "all.parquet" / "part-0.parquet")
+    assert len(build(tmp_path).index) == len(build(tmp_path / "all.parquet").index) == 3
 
 
 def test_a_source_that_is_nowhere_is_named():
@@ -183,12 +280,33 @@ def test_the_report_names_the_split_each_malformed_row_and_the_clips_of_each_sou
         table([*bad, [[255, 0]], [[300, 1]], np.ones((40, 3))], pa.list_(pa.list_(pa.int64()))), tmp_path / "x.parquet"
     )
     report = build(tmp_path / "x.parquet", mode="aligned", max_malformed_rows=12).report()
-    assert "3 recordings of 1 to 40 neurons, 124 counts, 3 source(s), split train, by given" in report[0]
+    assert "3 recordings of 1 to 40 neurons, 124 counts, 3 sources, split train, by given" in report[0]
     for row in range(12):
         line = f"data: malformed and left out: lab{row % 3}/mouse{row % 2}/1/s{row}: ragged: its neurons have from 1 to 2 bins"
         assert report.count(line) == 1
-    assert report[-2].endswith("1 rows are too wide for a window: lab2/mouse0/1/s14: 40 neurons need seq_len >= 41, it is 32")
+    assert report[-2].endswith("1 row is too wide for a window: lab2/mouse0/1/s14: 40 neurons need seq_len >= 41, it is 32")
     assert report[-1] == "data: counts above 254 are read as 254: 1 of lab0, 1 of lab1"
+
+
+def test_the_report_speaks_of_one_and_of_many(tmp_path):
+    np.savez(tmp_path / "x.npz", spike_counts=np.zeros((5, 7), np.uint8))
+    (line,) = build(tmp_path / "x.npz", seq_len=64).report()
+    assert line.startswith("data: 1 recording of 5 neurons, 35 counts, 1 source, ") and "1 window an epoch" in line
+
+
+def test_recordings_that_are_stored_twice_are_reported_and_used_as_they_stand(tmp_path):
+    matrices = recordings(3)
+    data = table(matrices)
+    pq.write_table(pa.concat_tables([data, data.take([2, 0])]), tmp_path / "x.parquet")
+    dataset = build(tmp_path / "x.parquet")
+    twice = (
+        "data: 2 recordings are stored more than once under one name, with the same counts: lab0/mouse0/1/s0; lab2/mouse0/1/s2"
+    )
+    assert dataset.report()[1:] == [twice] and len(dataset.index) == 5
+    # One name for different counts, and the same counts under two names, are no copies.
+    other = table([*matrices, matrices[0] + 1, matrices[0]], segment_id=["s0", "s1", "s2", "s0", "s9"])
+    pq.write_table(other, tmp_path / "y.parquet")
+    assert len(build(tmp_path / "y.parquet").report()) == 1
 
 
 def test_a_reader_that_fails_names_the_recording_and_not_only_the_one_its_window_begins_in(tmp_path):
@@ -273,7 +391,7 @@ def test_sessions_are_on_one_side_of_the_split_by_session_whatever_the_files_say
     assert not set(sides[0].subject_id) & set(sides[1].subject_id)
     assert sorted(sides[0].segment_id + sides[1].segment_id) == sorted(f"s{i}" for i in range(num))
     assert 0 < len(set(sides[1].subject_id)) < 10  # 1% of 200
-    with pytest.raises(ValueError, match="of 1 sessions none falls"):
+    with pytest.raises(ValueError, match="of 1 session none falls"):
         spikes.build(source="embedded:a2929", seq_len=32, split="test", split_by="session")
 
 
@@ -325,3 +443,41 @@ def test_a_data_set_saved_to_disk_is_read_as_it_stands(tmp_path):
     datasets.DatasetDict(train=saved.select([0, 1, 2]), test=saved.select([3, 4])).save_to_disk(str(tmp_path / "saved"))
     assert build(tmp_path / "saved").index.id == ["a", "b", "c"]
     assert (build(tmp_path / "saved", split="test").counts(0) == matrices[3]).all()
+
+
+def test_what_map_leaves_beside_a_saved_data_set_is_not_read_as_data(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    matrices = recordings(5)
+    made = datasets.Dataset.from_dict({"spike_counts": [matrix.tolist() for matrix in matrices], "identifier": list("abcde")})
+    parts = datasets.DatasetDict(train=made.select([0, 1, 2]), test=made.select([3, 4]))
+    parts.save_to_disk(str(tmp_path / "saved"), num_shards={"train": 2, "test": 1})
+    datasets.load_from_disk(str(tmp_path / "saved")).map(lambda row: {"more": 1})
+    assert len(list((tmp_path / "saved" / "train").glob("*.arrow"))) == 3
+    dataset = build(tmp_path / "saved")
+    assert dataset.index.id == ["a", "b", "c"] and build(tmp_path / "saved", split="test").index.id == ["d", "e"]
+    assert build(tmp_path / "saved" / "train").index.id == ["a", "b", "c"]
+    (line,) = [line for line in dataset.report() if "left out" in line]
+    assert line.startswith("data: 2 files are left out: ") and line.count("cache-") == 2 and line.count("state.json") == 2
+    next((tmp_path / "saved" / "test").glob("data-*")).unlink()
+    with pytest.raises(ValueError, match=r"test/data-00000-of-00001.arrow cannot be read: .*No such file"):
+        build(tmp_path / "saved", split="test")
+
+
+def test_leftovers_of_datasets_are_skipped_by_name_where_nothing_lists_the_data(tmp_path):
+    names = ["pile-train.arrow", "cache-1f/own.arrow", "cache-0123456789abcdef.arrow", "tmpab_12xyz.arrow"]
+    names += ["cache-0123456789abcdef_00000_of_00004.arrow", "half.incomplete/pile-train.arrow"]
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_arrow(tmp_path / name, table([np.full((2, 3), number)], segment_id=[name]))
+    (tmp_path / "state.json").write_text('{"of another": "program"}')
+    dataset = build(tmp_path)
+    assert set(dataset.index.segment_id) == set(names[:2])
+    assert "data: 4 files are left out: " in dataset.report()[1]
+    assert build(tmp_path / names[2]).index.segment_id == [names[2]]  # by its name it is read
+    for name in names[:2]:
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=r"expected \.parquet.*files; .*cache-0123456789abcdef.arrow is not read: by its name"):
+        build(tmp_path)
+    (tmp_path / "state.json").write_text('{"_data_files": [')
+    with pytest.raises(ValueError, match=f"^{tmp_path}/state.json cannot be read"):
+        build(tmp_path)

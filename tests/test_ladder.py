@@ -20,9 +20,9 @@ def write_recordings(folder, sessions, bins=60):
         np.savez(path, spike_counts=counts, source_dataset="a", subject_id="s", session_id=session)
 
 
-def build(folder):
+def build(folder, num_neurons="all"):
     source = {"source": str(folder), "seq_len": 24}
-    return spikes.build(**source), spikes.build(**source, split="test", mode="aligned", overlap=True)
+    return spikes.build(**source, num_neurons=num_neurons), spikes.build(**source, split="test", mode="aligned", overlap=True)
 
 
 @pytest.fixture
@@ -91,10 +91,21 @@ def test_changed_data_is_fitted_again_and_said_to_have_changed(data, tmp_path, s
         lambda kept: json.dumps(kept | {"rungs": [["a", "b"]]}),
         lambda kept: json.dumps(kept | {"train": None}),
         lambda kept: json.dumps({key: kept[key] for key in kept if key != "left_out"}),
+        lambda kept: json.dumps(kept | {"left_out": ["a"]}),
         lambda kept: json.dumps(kept | {"version": ladder.VERSION + 1}),
         lambda kept: b"\xff\xfe",
     ],
-    ids=["empty", "torn", "before it had data", "words", "no fingerprint", "a key less", "a later version", "no text"],
+    ids=[
+        "empty",
+        "torn",
+        "before it had data",
+        "words",
+        "no fingerprint",
+        "a key less",
+        "no reasons",
+        "a later version",
+        "no text",
+    ],
 )
 def test_a_file_that_is_no_ladder_is_made_anew(data, tmp_path, break_it):
     path = tmp_path / "ladder.json"
@@ -141,6 +152,15 @@ def test_with_no_session_in_common_the_model_stands_alone(tmp_path):
     lines = shown(tmp_path / "ladder.json", data, a_score(data[1]))
     assert rungs(lines) == [("this model", 0.5)] and not any("best baseline" in line for line in lines)
     assert "1 of 1 held-out recordings (two)" in lines[-1]
+
+
+def test_a_model_trained_on_some_neurons_of_each_recording_stands_alone_and_is_told_why(tmp_path):
+    write_recordings(tmp_path, [("train", "one"), ("test", "one")])
+    data = build(tmp_path, num_neurons=1)
+    lines = shown(tmp_path / "ladder.json", data, a_score(data[1], windows=3))
+    assert rungs(lines) == [(f"this model (3 of {len(data[1])} windows)", 0.5)]
+    assert "another number of neurons" in lines[-1] and "(data.num_neurons): 1 of 1 held-out recordings (one)" in lines[-1]
+    assert not any("no training data" in line or "max_windows" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ PYTHON3 = r"""#!/usr/bin/env bash
 beside=$(dirname "$0")
 record() {
     local settings="OMP=${OMP_NUM_THREADS-unset} CUDA=${CUDA_VISIBLE_DEVICES-unset}"
-    { printf '%s\x1f' "$settings" "$0" "$@"; printf '\x1e'; } >>"$CALLS"
+    { printf '%s\x1f' "$settings RANK=${RANK-unset} MASTER=${MASTER_ADDR-unset}" "$0" "$@"; printf '\x1e'; } >>"$CALLS"
 }
 case "$1 ${2-}" in
     "- "*)
@@ -159,6 +159,11 @@ def test_a_process_that_is_alone_keeps_all_cores_and_its_own_exit_code(site, gpu
     assert calls[-1][0].startswith("OMP=unset ") and code == 7
 
 
+def test_a_rank_that_the_site_exports_is_not_that_of_a_process_that_is_alone(site):
+    _, _, calls = site.start(NPROC="1", RANK="1", WORLD_SIZE="2", MASTER_ADDR="elsewhere")
+    assert calls[-1][0].endswith("RANK=unset MASTER=unset")
+
+
 def test_nproc_and_omp_num_threads_overrule_what_is_found(site):
     _, _, calls = site.start(NPROC="4", OMP_NUM_THREADS="7", **site.gpus(8))
     assert torchrun(calls[-1]).nproc_per_node == "4"
@@ -286,7 +291,7 @@ def test_looking_at_a_python_names_its_torch_and_what_it_lacks(tmp_path):
 def test_tests_run_on_the_cpu_with_what_they_need(site, script):
     code, _, calls = site.start("-m", "not slow", script=script)
     assert code == 0
-    assert calls[-1][2:] == ["-m", "pytest", "-m", "not slow"] and calls[-1][0].endswith("CUDA=")
+    assert calls[-1][2:] == ["-m", "pytest", "-m", "not slow"] and " CUDA= " in calls[-1][0]
     asked = Path(f"{site.calls}.asked").read_text()
     assert "pytest transformers safetensors datasets torchdata tensorboard" in asked
 

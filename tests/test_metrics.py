@@ -85,7 +85,7 @@ def test_a_line_that_is_not_of_metrics_is_named_and_nothing_is_lost(tmp_path):
     path.write_text('{"kind": "train", "step": 1}\n[1]\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 "):
         metrics.MetricsFile(tmp_path, enabled=True, resumed_from=1)
-    assert path.read_text() == '{"kind": "train", "step": 1}\n[1]\n'
+    assert path.read_text() == '{"kind": "train", "step": 1}\n[1]\n' and list(tmp_path.iterdir()) == [path]
 
 
 def test_other_ranks_write_nothing(tmp_path):

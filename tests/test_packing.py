@@ -4,7 +4,9 @@ import itertools
 from collections import Counter
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from spike_files import table
 
 from torchtitan_bio.data import keyed, packing, spikes
 from torchtitan_bio.data.batch import IGNORED
@@ -188,8 +190,19 @@ def test_aligned_evaluation_scores_each_count_once_with_half_a_window_of_context
 def test_a_recording_too_wide_for_a_window_is_reported(folder):
     dataset = build(folder, mode="aligned", seq_len=8)
     assert dataset.not_scored == [("e", "9 neurons need seq_len >= 10, it is 8")]
-    with pytest.raises(ValueError, match="seq_len=3 holds 2 bins of no recording; the smallest needs 4"):
+    with pytest.raises(ValueError, match="seq_len=3 holds 2 bins of no recording in use; the smallest, of 1 neuron, needs 4"):
         build(folder, mode="aligned", seq_len=3, overlap=True)
+
+
+def test_where_each_recording_of_some_weight_is_too_wide_the_others_do_not_hide_it(tmp_path):
+    pq.write_table(table([np.ones((40, 3), int), np.ones((2, 3), int)]), tmp_path / "x.parquet")
+    settings = {"mode": "aligned", "seq_len": 8}
+    wanted = "seq_len=8 holds 1 bin of no recording in use; the smallest, of 40 neurons, needs 41"
+    for weight in (1.0, 0.5):
+        with pytest.raises(ValueError, match=wanted):
+            build(tmp_path / "x.parquet", **settings, source_weights={"lab0": weight, "lab1": 0.0})
+    other = build(tmp_path / "x.parquet", **settings, source_weights={"lab0": 0.0})
+    assert other.not_scored == [] and {other.origin(i)[0] for i in range(9)} == {1}
 
 
 @pytest.mark.parametrize("mode", ["stream", "aligned"])

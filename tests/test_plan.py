@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,19 +34,22 @@ def run_script(*arguments):
 
 def run_main(*arguments):
     flags, rest = plan.read_own_flags(list(arguments))
-    return plan.main(config_loader.load(rest).config, flags)
+    return plan.main(config_loader.load(rest), flags)
 
 
 # ---- the command
 
 
 def test_the_exit_status_tells_what_fits_what_does_not_and_what_is_wrong():
-    fits = run_script(*PRIMATE, "--gpus", "8", "--gpu", "h100", "--no-trace")
-    assert fits.returncode == 0 and fits.stdout.endswith("verdict: fits\n"), fits.stderr
-    too_large = run_script(*PRIMATE, "--gpus", "1", "--gpu", "h100", "--no-trace")
-    assert too_large.returncode == 3 and "verdict: does not fit\n  a GPU needs " in too_large.stdout, too_large.stderr
-    cannot_work = run_script(*PRIMATE, "--gpus", "8", "--training.global_batch_size", "12")
-    assert cannot_work.returncode == 2 and "nearest valid values are 8 and 16" in cannot_work.stderr
+    expected = {
+        ("--gpus", "8", "--gpu", "h100"): (0, "verdict: fits"),
+        ("--gpus", "1", "--gpu", "h100"): (3, "verdict: does not fit\n  a GPU needs "),
+        ("--gpus", "8", "--training.global_batch_size", "12"): (2, "nearest valid values are 8 and 16"),
+    }
+    with ThreadPoolExecutor() as together:
+        ended = list(together.map(lambda arguments: run_script(*PRIMATE, "--no-trace", *arguments), expected))
+    for run, (status, said) in zip(ended, expected.values(), strict=True):
+        assert run.returncode == status and said in run.stdout + run.stderr, run.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -50,22 +51,45 @@ def losses(folder):
     return [line["loss"] for line in steps]
 
 
-def kill_after_step(folder, step, *arguments, ranks):
-    """Start a run and kill -9 all its processes once metrics.jsonl holds the step."""
+def tree_of(process: int) -> list[int]:
+    """A process and all that came of it. A process group would not do: torchrun gives each rank a session of its own."""
+    pairs = subprocess.run(["ps", "-A", "-o", "pid=", "-o", "ppid="], capture_output=True, text=True, check=True).stdout
+    tree = [process]
+    for parent in tree:
+        tree += [int(child) for child, of in map(str.split, pairs.splitlines()) if int(of) == parent]
+    return tree
+
+
+def kill_after_step(folder, step, *arguments, ranks) -> str:
+    """Start a run and kill -9 all its processes once metrics.jsonl holds the step; what that file holds then."""
     process = subprocess.Popen(
         command(folder, *arguments, ranks=ranks),
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     deadline = time.monotonic() + 200
     path = folder / "metrics.jsonl"
     while not (path.exists() and f'"step": {step},' in path.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    tree = tree_of(process.pid)
+    for each in tree:
+        os.kill(each, signal.SIGKILL)
     process.wait()
+    return path.read_text()
+
+
+def assert_resumed(folder, metrics_before, result):
+    """A run from step 0 has the same losses. One that goes on loads a step, and the lines until there stay as they were."""
+    assert result.returncode == 0, result.stderr
+    (step,) = re.findall(rf"^checkpoint: loaded {re.escape(str(folder))}/checkpoint/step-0*([1-9]\d*) ", result.stdout, re.M)
+    metrics = (folder / "metrics.jsonl").read_text()
+    starts = [entry["step"] for entry in map(json.loads, metrics.splitlines()) if entry["kind"] == "start"]
+    assert starts == [0, int(step)]
+    before, after = (re.findall(r'^\{"kind": "train", .*\n', text, re.M)[: int(step)] for text in (metrics_before, metrics))
+    assert len(before) == int(step) and after == before
+    assert list(folder.glob("metrics.before-*")) == []
 
 
 @pytest.fixture(scope="module")
@@ -123,37 +147,34 @@ def test_two_identical_runs_have_identical_losses(straight, tmp_path):
 def test_two_ranks_killed_in_mid_run_resume_to_the_last_bit(tmp_path, asynchronous):
     settings = ["--training.steps", "24", "--checkpoint.interval", "5", "--checkpoint.async_mode", asynchronous]
     assert run(tmp_path / "straight", *settings, ranks=2).returncode == 0
-    kill_after_step(tmp_path / "killed", 13, *settings, ranks=2)
-    result = run(tmp_path / "killed", *settings, ranks=2)
-    assert result.returncode == 0, result.stderr
-    assert "step-000000" in result.stdout
+    before = kill_after_step(tmp_path / "killed", 13, *settings, ranks=2)
+    assert_resumed(tmp_path / "killed", before, run(tmp_path / "killed", *settings, ranks=2))
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_another_number_of_ranks_continues_within_1e_5(straight, tmp_path, before, after):
+@pytest.mark.parametrize(("ranks_before", "ranks_after"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks_continues_within_1e_5(straight, tmp_path, ranks_before, ranks_after):
     settings = ["--training.steps", "24", "--checkpoint.interval", "4"]
-    kill_after_step(tmp_path / "run", 5, *settings, ranks=before)
-    result = run(tmp_path / "run", *settings, ranks=after)
-    assert result.returncode == 0, result.stderr
+    before = kill_after_step(tmp_path / "run", 9, *settings, ranks=ranks_before)
+    assert_resumed(tmp_path / "run", before, run(tmp_path / "run", *settings, ranks=ranks_after))
     assert losses(tmp_path / "run") == pytest.approx(losses(straight[0]), rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["--training.global_batch_size", "8"], ["global_batch_size is 8 here and 4"]),
-        (["--data.mode", "aligned"], ["mode", "accept_changed"]),
-        (["--training.steps", "20"], ["training.steps=20", "already at step 24"]),
-        (["--checkpoint.enable", "false"], ["checkpoint.enable=false", "holds checkpoints"]),
+        (
+            ["--training.global_batch_size", "8", "--data.mode", "aligned", "--training.steps", "20"],
+            ["global_batch_size is 8 here and 4", "mode", "accept_changed", "training.steps=20", "already at step 24"],
+        ),
+        (["--training.steps", "30", "--checkpoint.enable", "false"], ["checkpoint.enable=false", "holds checkpoints"]),
     ],
 )
 def test_a_resume_that_would_be_another_run_is_refused_and_touches_nothing(straight, settings, words):
     folder, _ = straight
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    steps = [] if "--training.steps" in settings else ["--training.steps", "30"]
-    result = run(folder, *steps, *settings)
+    result = run(folder, *settings)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert all(word in result.stderr for word in words), result.stderr
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
@@ -202,6 +223,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_job_though_a_checkpoint_is_being_written(tmp_path):
     result = run_script(
         tmp_path,
@@ -224,6 +246,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_what_one_rank_alone_refuses_is_told_and_no_run_folder_is_made(tmp_path):
     result = run_script(tmp_path, ONE_RANK_REFUSES)
     assert "this run cannot work" in result.stderr and "failed on rank 1: the attention kernel 'fa3'" in result.stderr
@@ -233,13 +256,21 @@ def test_what_one_rank_alone_refuses_is_told_and_no_run_folder_is_made(tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--training.global_batch_size", "5", "--training.local_batch_size", "2"], ["nearest valid values are 4 and 6"]),
-        (["--model.overrides.dim", "30", "--model.overrides.nun_layers", "2"], ["dim", "num_layers"]),
+        (
+            "--training.global_batch_size 5 --training.local_batch_size 2 --model.overrides.dim 30 "
+            "--model.overrides.nun_layers 2 --parallelism.data_parallel_shard_degree 3 --checkpoint.init_from nowhere".split(),
+            [
+                "nearest valid values are 4 and 6",
+                "dim",
+                "num_layers",
+                "data_parallel_shard_degree",
+                "ranks",
+                "init_from=nowhere",
+            ],
+        ),
         (["--model.flavor", "8b"], ["8B"]),
         (["--model.freeze", '["nothing.*"]'], ["nothing.*"]),
         (["--data.source", "no/such/folder.npz"], ["no/such/folder.npz"]),
-        (["--parallelism.data_parallel_shard_degree", "3"], ["data_parallel_shard_degree", "ranks"]),
-        (["--checkpoint.init_from", "nowhere"], ["init_from", "nowhere"]),
         (["--model.overrides.vocab_size", "100"], ["vocab"]),
     ],
 )

@@ -1,6 +1,7 @@
-"""How a root script ends: 0, 2 for what its user can mend in the configuration or the data, 1 after any other failure."""
+"""How a root script ends: 0, 2 for what its user can mend in configuration or data, 130 interrupted, 1 after any failure."""
 
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -41,8 +42,11 @@ def run(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print("this run cannot work:", *error.problems, sep="\n  ", file=sys.stderr)
+        # A node may lack what the others have: the first rank of each speaks.
+        rank = os.environ.get("RANK", "0")
+        if os.environ.get("LOCAL_RANK", rank) == "0":
+            where = "" if rank == "0" else f" (rank {rank} on {socket.gethostname()})"
+            print(f"this run cannot work{where}:", *error.problems, sep="\n  ", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)

@@ -120,21 +120,24 @@ def _supersede(path: Path, resumed_from: int):
     that died may be torn: its step runs again.
     """
     kept = path.with_suffix(".kept")
-    with path.open(encoding="utf-8") as lines, kept.open("w", encoding="utf-8") as out:
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith("\n"):
-                break
-            try:
-                step = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}, line {number} is not a line of metrics ({error}); delete it, or move the file"
-                ) from error
-            if step <= resumed_from:
-                out.write(line)
-        out.flush()
-        os.fsync(out.fileno())
-    kept.replace(path)
+    try:
+        with path.open(encoding="utf-8") as lines, kept.open("w", encoding="utf-8") as out:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith("\n"):
+                    break
+                try:
+                    step = json.loads(line)["step"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"{path}, line {number} is not a line of metrics ({error}); delete it, or move the file"
+                    ) from error
+                if step <= resumed_from:
+                    out.write(line)
+            out.flush()
+            os.fsync(out.fileno())
+        kept.replace(path)
+    finally:
+        kept.unlink(missing_ok=True)
 
 
 def _set_aside(path: Path) -> Path:

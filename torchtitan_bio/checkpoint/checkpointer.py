@@ -39,6 +39,7 @@ class Checkpointer:
         self.asynchronous = asynchronous
         self.say = say if world.rank == 0 else lambda line: None
         self._peers = meet(world)
+        self._refused: dict[str, str] = {}  # names of newer ones than the latest that verifies, with the reason
         self._why: dict[Path, str] = {}  # of each path that this object has verified, why it was chosen
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
@@ -84,7 +85,8 @@ class Checkpointer:
     def latest(self) -> tuple[Path, dict] | None:
         """The newest checkpoint that verifies and its train state; None where a run has not saved yet.
 
-        Newer ones that do not verify are set aside under another name. ValueError where there are only such.
+        Newer ones that do not verify are set aside under another name once this one is loaded. ValueError where there are only
+        such.
         """
         self.wait()
         result = load.search(self.folder, self._peers)
@@ -99,7 +101,7 @@ class Checkpointer:
         if result.found is None:
             self.say(f"checkpoint: none in {self.folder}, starting at step 0")
             return None
-        self._peers.first("setting aside", lambda: [self._set_aside(name, result.refused[name]) for name in result.refused])
+        self._refused = result.refused
         self._why[result.found] = load.reason(result)
         return result.found, result.train_state
 
@@ -110,6 +112,8 @@ class Checkpointer:
             load.examine(path, self._peers)
             self._why[path] = "named"
         loaded = load.load(path, model, optimizer, as_json(model_json), self._peers)
+        refused, self._refused = self._refused, {}
+        self._peers.first("setting aside", lambda: [self._set_aside(name, problem) for name, problem in refused.items()])
         self.say(f"checkpoint: loaded {path} ({self._why[path]}): {loaded}")
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, train_state: dict, model_json: dict):

@@ -5,6 +5,7 @@ a plain view of the mapped file. The index is made in one pass over the data, wh
 that are negative or too large for a token, and a checksum), and is kept on disk: one process makes it, the others read it.
 """
 
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -69,7 +70,7 @@ class Recordings:
 
     def __init__(self, files, cache_folder=None):
         self.files, self.cache_folder = list(files), Path(cache_folder or sources.default_cache())
-        self.keep_index = bool(cache_folder) or sum(file.stat().st_size for file in files) > sources.IN_MEMORY_BYTES
+        self.keep_index = bool(cache_folder) or sources.total_size(files) > sources.IN_MEMORY_BYTES
         self._counts = None
 
     def __getstate__(self):
@@ -91,7 +92,8 @@ class Recordings:
         path = self.cache_folder / f"index-v{INDEX_VERSION}-{sources.key_of(self.files)}.parquet"
         if not path.exists():
             sources.write_whole(path, lambda temporary: write_index(self._scan_all(), temporary))
-        return read_index(path)
+        with sources.reading(path):
+            return read_index(path)
 
     def count_clipped(self, index):
         """Counts above 254 in what `index` keeps of each row. Only rows that hold one anywhere are read."""
@@ -105,15 +107,21 @@ class Recordings:
 
     def _chunks(self):
         for file in self.files:
-            if file.suffix == ".npz":
-                yield _npz_chunk(file)
-            else:
-                for batch in sources.record_batches(file, self.cache_folder):
-                    yield _arrow_chunk(batch, file)
+            with sources.reading(file):
+                if file.suffix == ".npz":
+                    chunks = [_npz_chunk(file)]
+                else:
+                    chunks = [_arrow_chunk(batch) for batch in sources.record_batches(file, self.cache_folder)]
+            yield from chunks
 
 
 def decode(counts, clipped):
-    """Counts as they are read, uint8 and at most 254: a view of uint8 that hold nothing to clip."""
+    """Counts as they are read, uint8 and at most 254: a view of uint8 that hold nothing to clip.
+
+    Wider integers are copied in any case, and are clipped whatever is known of them: no mistake may wrap them modulo 256.
+    """
+    if counts.dtype.itemsize > 1:
+        return np.clip(counts, 0, LARGEST_COUNT, out=np.empty(counts.shape, np.uint8), casting="unsafe")
     return (np.minimum(counts, LARGEST_COUNT) if clipped else counts).astype(np.uint8, copy=False)
 
 
@@ -140,27 +148,52 @@ class _Chunk:
 
 
 def _npz_chunk(file):
-    with np.load(file, allow_pickle=False) as arrays:
-        matrices = [name for name in arrays if arrays[name].ndim == 2]
-        name = "spike_counts" if "spike_counts" in arrays else matrices[0] if len(matrices) == 1 else None
-        if name is None:
-            raise ValueError(
-                f"{file}: expected an array spike_counts (neurons, bins); it holds {', '.join(arrays) or 'nothing'}"
-            )
-        counts = arrays[name]
-        metadata = {key: [str(arrays[key])] for key in METADATA if key in arrays and not arrays[key].ndim}
+    with file.open("rb") as opened:
+        if not zipfile.is_zipfile(opened):  # np.load would take it for a pickle, and advise to trust it
+            raise ValueError("it is not a zip archive, as an npz file is")
+        opened.seek(0)
+        with np.load(opened, allow_pickle=False) as archive:
+            wanted = ("spike_counts", *METADATA) if "spike_counts" in archive else archive.files
+            arrays = {name: _npz_array(archive, name) for name in wanted if name in archive}
+            present = ", ".join(archive.files) or "nothing"
+    matrices = [name for name, array in arrays.items() if array.ndim == 2]
+    name = "spike_counts" if "spike_counts" in arrays else matrices[0] if len(matrices) == 1 else None
+    if name is None:
+        raise ValueError(f"expected an array spike_counts (neurons, bins); it holds {present}")
+    counts = arrays[name]
+    metadata = {key: [str(arrays[key])] for key in METADATA if key in arrays and not arrays[key].ndim}
     metadata["identifier"] = [file.stem]
     none = np.zeros(1, bool)
     if counts.ndim != 2 or counts.dtype.kind not in "iu":
-        fault = f"not a matrix of integers: {counts.dtype} {counts.shape}, expected (neurons, bins)"
+        fault = (
+            f"not a matrix of integers: {name} is {counts.dtype} {counts.shape}, expected (neurons, bins){_cast(name, counts)}"
+        )
         return _Chunk(np.empty(0, np.uint8), np.zeros(2, int), np.zeros(1, int), none, metadata, fault)
     n, t = counts.shape
     return _Chunk(np.ascontiguousarray(counts).reshape(-1), np.array([0, n]), np.arange(n + 1) * t, none, metadata)
 
 
-def _arrow_chunk(batch, file):
+def _npz_array(archive, name):
+    try:
+        return np.asarray(archive[name])
+    except ValueError as error:  # not in NumPy's words, which advise to trust a pickle
+        raise ValueError(f"its array {name} is damaged, or holds Python objects and not plain numbers") from error
+
+
+def _cast(name, counts):
+    """What makes integers of counts that are stored as another type, if they are whole numbers."""
+    if (
+        counts.dtype.kind not in "fb"
+        or not counts.size
+        or not ((counts >= 0) & (counts < 2**16) & (counts == np.floor(counts))).all()
+    ):
+        return ""
+    return f". They are whole numbers: save {name}.astype(np.{np.min_scalar_type(int(counts.max()))})"
+
+
+def _arrow_chunk(batch):
     if "spike_counts" not in batch.schema.names:
-        raise ValueError(f"{file} has no column spike_counts; its columns are {', '.join(batch.schema.names)}")
+        raise ValueError(f"it has no column spike_counts; its columns are {', '.join(batch.schema.names)}")
     metadata = {
         name: ["" if value is None else str(value) for value in batch.column(name).to_pylist()]
         for name in (*METADATA, "identifier")

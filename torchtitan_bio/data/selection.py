@@ -27,8 +27,9 @@ def split_rows(index, split, split_by):
     is_test = np.array(keys, dtype=np.uint64) < np.uint64(TEST_SHARE_OF_SESSIONS * 2**64)
     rows = np.flatnonzero(is_test == (split == "test"))
     if not len(rows):
+        sessions = number_of(len(set(keys)), "session")
         raise ValueError(
-            f"data.split_by='session' leaves no recording for {split!r}: of {len(set(keys))} sessions none falls on that side "
+            f"data.split_by='session' leaves no recording for {split!r}: of {sessions} none falls on that side "
             f"of {TEST_SHARE_OF_SESSIONS:.0%}. Use data.split_by='time' for few sessions"
         )
     return index.take(rows)
@@ -62,9 +63,10 @@ def drop_malformed(index, max_malformed_rows):
         if len(malformed) > 10:
             lines.append(f"  ... and {len(malformed) - 10} more")
         raise ValueError(
-            f"{len(malformed)} malformed of {len(index)} rows, data.max_malformed_rows={max_malformed_rows}:\n"
+            f"{len(malformed)} malformed of {number_of(len(index), 'row')}, data.max_malformed_rows={max_malformed_rows}:\n"
             + "\n".join(lines)
-            + f"\nMend them, or leave them out with data.max_malformed_rows={len(malformed)}"
+            + "\nMend them"
+            + (f", or leave them out with data.max_malformed_rows={len(malformed)}" if len(malformed) < len(index) else "")
         )
     return index.take([row for row, fault in enumerate(index.fault) if not fault]), malformed
 
@@ -94,6 +96,16 @@ def number_sessions(index):
         [numbers.setdefault((*named, n) if named[1] or named[2] else row, len(numbers)) for *named, n, row in keys],
         dtype=np.int64,
     )
+
+
+def stored_twice(index):
+    """The ids of recordings that the index holds more than once, with the same counts."""
+    rows = zip(index.id, index.n.tolist(), index.t.tolist(), index.checksum.tolist(), strict=True)
+    return [name for (name, *_), times in Counter(rows).items() if times > 1]
+
+
+def number_of(num, noun):
+    return f"{num:,} {noun}{'' if num == 1 else 's'}"
 
 
 def _nearest(name, present):

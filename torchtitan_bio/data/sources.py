@@ -6,6 +6,10 @@ import logging
 import os
 import re
 import secrets
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,15 +18,30 @@ import pyarrow.parquet as pq
 SUFFIXES = (".parquet", ".arrow", ".npz")
 SPLITS = ("train", "test", "validation", "valid", "val", "dev")
 IN_MEMORY_BYTES = 64 * 2**20  # a larger Parquet file is turned into Arrow once, because only Arrow can be mapped
+END_BYTES, INNER_BYTES, INNER_BLOCKS = 2**16, 2**12, 16  # of a file, looked at for its key
+
+# What .map() and a download that was cut short leave beside the data.
+LEFTOVER = re.compile(r"(cache-[0-9a-f]{8,}(_\d+_of_\d+)?|tmp\w{8})\.arrow|.*\.incomplete")
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def reading(file):
+    """What a library or the system has to say against a file becomes a ValueError that names it."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, KeyError, pa.ArrowException, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def find_files(source, split):
     """{split: files} of an embedded recording, a file or folder, or a Hugging Face data set in the local cache."""
     if source.startswith("embedded:"):
         return _embedded(source)
-    if Path(source).exists():
+    with reading(source):
+        is_local = Path(source).exists()
+    if is_local:
         return _local(Path(source), split)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.endswith(SUFFIXES):
         return _hub_cache(source)
@@ -43,9 +62,10 @@ def _embedded(source):
 def _local(path, split):
     """A file belongs to the split whose name is a word of its path below the folder (train-00000-of-00004.parquet,
     test/data.arrow), as on the Hugging Face hub; one that names no split is training data."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+    files, skipped = _files_below(path) if path.is_dir() else ([path], [])
     if not files or files[0].suffix not in SUFFIXES:
-        raise ValueError(f"{path}: expected {', '.join(SUFFIXES)} files")
+        beside = "".join(f"; {file} is not read: {reason}" for file, reason in skipped[:3])
+        raise ValueError(f"{path}: expected {', '.join(SUFFIXES)} files{beside}")
     if len(suffixes := {file.suffix for file in files}) > 1:
         raise ValueError(
             f"{path} mixes {' and '.join(sorted(suffixes))}: if that is the same data twice, name one file or folder"
@@ -56,6 +76,44 @@ def _local(path, split):
         named = next((word for word in words if word in (split, *SPLITS)), "train")
         splits.setdefault(named, []).append(file)
     return splits
+
+
+def skipped_files(source):
+    """(file, reason) of the files of a folder that would be data by their names, and are not."""
+    return _files_below(Path(source))[1] if Path(source).is_dir() else []
+
+
+def _files_below(path):
+    """(data files, (file, reason) of what is left out). A folder saved by save_to_disk() says in its state.json which files it
+    is made of; .map() leaves others beside them, which hold the same rows again."""
+
+    def refuse(error):  # os.walk would pass over a folder that cannot be listed
+        raise error
+
+    files, skipped = [], []
+    with reading(path):
+        folders = list(os.walk(path, onerror=refuse))
+    for folder, _, names in folders:
+        folder = Path(folder)
+        candidates = [folder / name for name in names if Path(name).suffix in SUFFIXES]
+        saved = _saved_files(folder / "state.json") if "state.json" in names else None
+        if saved is None:
+            left_out = [file for file in candidates if any(map(LEFTOVER.fullmatch, file.relative_to(path).parts))]
+            reason = "by its name a leftover of the package datasets; name the file itself to read it"
+        else:
+            left_out, reason = sorted(set(candidates) - set(saved)), "not among the files in state.json"
+        skipped += [(file, reason) for file in left_out]
+        files += sorted(set(candidates) - set(left_out)) if saved is None else saved
+    return sorted(files), sorted(skipped)
+
+
+def _saved_files(state_file):
+    """The files that a state.json of save_to_disk() lists; None where it is another program's."""
+    with reading(state_file):
+        state = json.loads(state_file.read_text())
+        if not isinstance(state, dict) or "_data_files" not in state:
+            return None
+        return [state_file.parent / entry["filename"] for entry in state["_data_files"]]
 
 
 def _hub_cache(name):
@@ -77,14 +135,36 @@ def default_cache():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchtitan_bio"
 
 
-def key_of(files):
-    """A name for the files' content that does not depend on where they lie: names, sizes and times of change.
+def total_size(files):
+    """Bytes."""
+    total = 0
+    for file in files:
+        with reading(file):
+            total += file.stat().st_size
+    return total
 
-    A file replaced by another of the same size under the same time (by cp -p or rsync -t of a doctored copy) keeps its key, and
-    an index that was kept is not made anew: its checksums are then the old file's. Looking closer would mean reading it all.
+
+def key_of(files):
+    """A name for the files' content that does not depend on where they lie: names, sizes, times of change, and a checksum of
+    both ends and sixteen places between.
+
+    A file that differs from one of the same name, size and time elsewhere only keeps its key, and an index that was kept is not
+    made anew: its checksums are then the old file's. Looking closer would mean reading it all.
     """
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    with ThreadPoolExecutor(max_workers=8) as pool:  # a folder may hold thousands of files, and a network disk likes company
+        facts = list(pool.map(_facts, files))
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
+
+
+def _facts(file):
+    with reading(file), file.open("rb") as opened:
+        status = os.fstat(opened.fileno())
+        size, checksum = status.st_size, 0
+        inner = [(size * place // (INNER_BLOCKS + 1), INNER_BYTES) for place in range(1, INNER_BLOCKS + 1)]
+        for begin, length in [(0, END_BYTES), *inner, (max(0, size - END_BYTES), END_BYTES)]:
+            opened.seek(begin)
+            checksum = zlib.crc32(opened.read(length), checksum)
+        return file.name, size, status.st_mtime_ns, checksum
 
 
 def write_whole(path, write):
@@ -112,17 +192,23 @@ def write_whole(path, write):
 
 def record_batches(file, cache_folder):
     """The record batches of a Parquet or Arrow file; Arrow is mapped, not read."""
-    if file.suffix == ".parquet":
-        if file.stat().st_size <= IN_MEMORY_BYTES:
-            return pq.read_table(file, partitioning=None).to_batches()
-        file = _as_arrow(file, cache_folder)
+    if file.suffix == ".arrow":
+        return _mapped_batches(file)
+    if file.stat().st_size <= IN_MEMORY_BYTES:
+        return pq.read_table(file, partitioning=None).to_batches()
+    arrow = _as_arrow(file, cache_folder)
+    with reading(arrow):
+        return _mapped_batches(arrow)
+
+
+def _mapped_batches(file):
     mapped = pa.memory_map(str(file))
-    try:
-        reader = pa.ipc.open_file(mapped)
-        return [reader.get_batch(number) for number in range(reader.num_record_batches)]
-    except pa.ArrowInvalid:  # what `datasets` writes is the stream format, which has no footer
-        mapped.seek(0)
+    is_stream = mapped.read(6) != b"ARROW1"  # `datasets` writes the stream format, which has no footer
+    mapped.seek(0)
+    if is_stream:
         return list(pa.ipc.open_stream(mapped))
+    reader = pa.ipc.open_file(mapped)
+    return [reader.get_batch(number) for number in range(reader.num_record_batches)]
 
 
 def _as_arrow(file, cache_folder):

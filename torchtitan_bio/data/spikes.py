@@ -15,6 +15,7 @@ import torch
 from torchtitan_bio.data import keyed, packing, ring_hmm, selection, sources
 from torchtitan_bio.data.batch import IGNORED, Batch
 from torchtitan_bio.data.recordings import LARGEST_COUNT, Recordings, decode
+from torchtitan_bio.data.selection import number_of
 
 SEPARATOR = 255
 CODEC = "bin-separator-255, counts to 254"
@@ -37,8 +38,8 @@ class Sample:
 
 class Spikes:
     """Windows of recordings. `index` has a row for each recording in use, `session` its session's number; `malformed` are the
-    rows that cannot be read and `not_scored` those too wide for a window, as (id, reason); `clipped` counts, by source, what
-    was read as 254."""
+    rows that cannot be read, `not_scored` those too wide for a window and `skipped` the files left out, as (name, reason);
+    `clipped` counts, by source, what was read as 254."""
 
     vocab_size = 256
     scorer = "torchtitan_bio.science.scores:SpikeScores"
@@ -46,11 +47,24 @@ class Spikes:
     ladder = "torchtitan_bio.science.ladder:show"
 
     def __init__(
-        self, store, index, windows, fingerprint, *, mode, seq_len, seed, num_neurons, cross_recordings, malformed, not_scored
+        self,
+        store,
+        index,
+        windows,
+        fingerprint,
+        *,
+        mode,
+        seq_len,
+        seed,
+        num_neurons,
+        cross_recordings,
+        malformed,
+        not_scored,
+        skipped,
     ):
         self.store, self.index, self.windows, self.fingerprint = store, index, windows, fingerprint
         self.mode, self.seq_len, self.seed, self.num_neurons = mode, seq_len, seed, num_neurons
-        self.cross_recordings, self.malformed, self.not_scored = cross_recordings, malformed, not_scored
+        self.cross_recordings, self.malformed, self.not_scored, self.skipped = cross_recordings, malformed, not_scored, skipped
         self.session = selection.number_sessions(index)
         self.clipped = Counter()
         for source, clipped in zip(index.source_dataset, index.clipped.tolist(), strict=True):
@@ -157,17 +171,19 @@ class Spikes:
     def report(self):
         """What a person should know of the recordings, in lines."""
         index = self.index
-        sources = Counter(index.source_dataset)
+        least, most = int(index.n.min()), int(index.n.max())
         lines = [
-            f"data: {len(index):,} recordings of {int(index.n.min())} to {int(index.n.max()):,} neurons, "
-            f"{int((index.n * index.t).sum()):,} counts, {len(sources)} source(s), split {self.fingerprint['split']}, "
-            f"{len(self):,} windows an epoch ({self.mode})"
+            f"data: {number_of(len(index), 'recording')} of {'' if least == most else f'{least:,} to '}"
+            f"{number_of(most, 'neuron')}, {number_of(int((index.n * index.t).sum()), 'count')}, "
+            f"{number_of(len(set(index.source_dataset)), 'source')}, split {self.fingerprint['split']}, "
+            f"{number_of(len(self), 'window')} an epoch ({self.mode})"
         ]
+        lines += [_some("file", "left out", self.skipped)] if self.skipped else []
+        if twice := selection.stored_twice(index):
+            lines.append(_some("recording", "stored more than once under one name, with the same counts", twice))
         lines += [f"data: malformed and left out: {name}: {reason}" for name, reason in self.malformed]
         if self.not_scored:
-            shown = "; ".join(f"{name}: {reason}" for name, reason in self.not_scored[:10])
-            more = "; ..." if len(self.not_scored) > 10 else ""
-            lines.append(f"data: {len(self.not_scored)} rows are too wide for a window: {shown}{more}")
+            lines.append(_some("row", "too wide for a window", self.not_scored))
         if self.clipped:
             clipped = ", ".join(f"{count:,} of {source}" for source, count in self.clipped.items())
             lines.append(f"data: counts above {LARGEST_COUNT} are read as {LARGEST_COUNT}: {clipped}")
@@ -218,7 +234,8 @@ def build(
     not_scored = []
     if mode == "aligned":
         windows = packing.Aligned(n, index.t, draws, seq_len=seq_len, seed=seed, shuffle_rows=shuffle_rows, overlap=overlap)
-        not_scored = _too_wide(index, n, seq_len, 2 if overlap else 1)
+        used = np.flatnonzero(np.ones(len(n)) if weights is None else weights)
+        not_scored = _too_wide(index, n, used, seq_len, 2 if overlap else 1)
     elif mode == "stream":
         windows = packing.Stream((n + 1) * index.t, draws, seq_len=seq_len, seed=seed, shuffle_rows=shuffle_rows)
     else:
@@ -254,6 +271,7 @@ def build(
         cross_recordings=cross_recordings,
         malformed=malformed,
         not_scored=not_scored,
+        skipped=sources.skipped_files(source),
     )
 
 
@@ -290,18 +308,26 @@ def find(source, split, split_by):
     return splits[split] if split_by == "given" else [file for name in sorted(splits, reverse=True) for file in splits[name]]
 
 
-def _too_wide(index, n, seq_len, least_bins):
-    wide = np.flatnonzero(seq_len // (n + 1) < least_bins)
-    if len(wide) == len(n):
-        least = least_bins * (int(n.min()) + 1)
+def _too_wide(index, n, used, seq_len, least_bins):
+    """(id, reason) of those of the rows `used` that a window of seq_len does not hold `least_bins` bins of; not of all."""
+    wide = used[seq_len // (n[used] + 1) < least_bins]
+    if len(wide) == len(used):
+        least = int(n[used].min())
         raise ValueError(
-            f"training.seq_len={seq_len} holds {least_bins} bins of no recording; the smallest, of {int(n.min()):,} neurons, "
-            f"needs {least}. A recording is an array (neurons, bins)"
+            f"training.seq_len={seq_len} holds {number_of(least_bins, 'bin')} of no recording in use; the smallest, of "
+            f"{number_of(least, 'neuron')}, needs {least_bins * (least + 1)}. A recording is an array (neurons, bins)"
         )
     return [
         (index.id[row], f"{n[row]} neurons need seq_len >= {least_bins * (int(n[row]) + 1)}, it is {seq_len}")
         for row in wide.tolist()
     ]
+
+
+def _some(noun, state, entries):
+    """A line of a report: how many are in that state, and the first ten, names or (name, reason)."""
+    shown = "; ".join(entry if isinstance(entry, str) else f"{entry[0]}: {entry[1]}" for entry in entries[:10])
+    verb = "is" if len(entries) == 1 else "are"
+    return f"data: {number_of(len(entries), noun)} {verb} {state}: {shown}{'; ...' if len(entries) > 10 else ''}"
 
 
 def _brief(value):

@@ -2,8 +2,8 @@
 
 Each is fitted to the training counts of a session (one source, subject and session) and scored on the held-out counts of the
 same session, in bits/spike over the oracle Poisson null: the score that science/scores.py gives a model. Every held-out count
-is scored once, and nothing precedes a recording's first bin. Nothing is carried over to the neurons of another session, so a
-session without training data is left out. ladder.py keeps and shows what is fitted here.
+is scored once, and nothing precedes a recording's first bin. Nothing is carried over to other neurons, so a session without
+training data, or with some of its neurons alone, is left out. ladder.py keeps and shows what is fitted here.
 """
 
 import time
@@ -12,6 +12,10 @@ from math import lgamma, log
 
 import numpy as np
 import torch
+
+# Why a held-out recording is left out
+NOT_SEEN = "no training data of their session"
+OTHER_WIDTH = "another number of neurons than their session has in training (data.num_neurons)"
 
 LARGEST_COUNT = 254
 SEPARATOR = 255
@@ -74,22 +78,28 @@ class Session:
     inside: np.ndarray  # (bins,), false in that silence
 
 
-def match(train, test) -> tuple[list[tuple[list[int], list[int]]], list[str]]:
-    """(train rows, test rows) of each session that both hold with as many neurons, and the names of the held-out recordings of
-    all other sessions. Test rows too wide for a window are in neither, as no model is scored on them."""
-    seen, held_out = _rows_by_session(train), _rows_by_session(test)
-    sessions = [(seen[key], rows) for key, rows in held_out.items() if key in seen]
-    return sessions, [test.index.id[row] for key, rows in held_out.items() if key not in seen for row in rows]
+def match(train, test) -> tuple[list[tuple[list[int], list[int]]], dict[str, list[str]]]:
+    """(train rows, test rows) of each session that both hold with as many neurons, and by reason the names of the others'
+    held-out recordings. Test rows too wide for a window are in neither, as no model is scored on them."""
+    seen, sessions, left_out = _rows_by_session(train), [], {}
+    names_seen = {name for name, _ in seen}
+    for (name, width), rows in _rows_by_session(test).items():
+        if (name, width) in seen:
+            sessions.append((seen[name, width], rows))
+        else:
+            left_out.setdefault(OTHER_WIDTH if name in names_seen else NOT_SEEN, []).extend(test.index.id[row] for row in rows)
+    return sessions, left_out
 
 
 def _rows_by_session(dataset):
-    """A recording that names neither subject nor session is a session of its own, as it is for the null of a model's score."""
+    """Rows by (session, width). A recording that names neither subject nor session is a session of its own, as for a score's
+    null."""
     index, groups, not_scored = dataset.index, {}, {name for name, _ in dataset.not_scored}
     for row, name in enumerate(index.id):
         if name not in not_scored:
             subject, session = index.subject_id[row], index.session_id[row]
             named = (subject, session) if subject or session else (name,)
-            groups.setdefault((index.source_dataset[row], *named, dataset.width(row)), []).append(row)
+            groups.setdefault(((index.source_dataset[row], *named), dataset.width(row)), []).append(row)
     return groups
 
 

@@ -21,7 +21,7 @@ NAMES_SHOWN = 5
 @dataclass(frozen=True)
 class Ladder:
     rungs: list  # of [baseline, held-out bits/spike]
-    left_out: list[str]  # held-out recordings of sessions without training data, on which no baseline is scored
+    left_out: dict[str, list[str]]  # by reason, the held-out recordings on which no baseline is scored
     num_recordings: int  # that are held out and fit a window
 
 
@@ -66,19 +66,18 @@ def verdict(ladder: Ladder, value: float, part: bool) -> list[str]:
         name, best = max(ladder.rungs, key=lambda rung: rung[1])
         side = "above" if value > best else "below"
         lines.append(f"this model is {abs(value - best):.3f} bits/spike {side} the best baseline, {name}")
-    if part:
+    if ladder.rungs and part:
         lines.append("it was scored on these windows alone (validation.max_windows), and baselines on all that is held out")
     return lines + unmatched(ladder)
 
 
 def unmatched(ladder: Ladder) -> list[str]:
     """What is to be said of held-out recordings that no baseline could be fitted for."""
-    if not ladder.left_out:
-        return []
-    names = ", ".join(ladder.left_out[:NAMES_SHOWN]) + (", ..." if len(ladder.left_out) > NAMES_SHOWN else "")
     return [
-        f"no training data of their session: {len(ladder.left_out):,} of {ladder.num_recordings:,} held-out recordings "
-        f"({names}); baselines leave them out, a model's score does not"
+        f"{reason}: {len(names):,} of {ladder.num_recordings:,} held-out recordings "
+        f"({', '.join(names[:NAMES_SHOWN])}{', ...' if len(names) > NAMES_SHOWN else ''}); "
+        "baselines leave them out, a model's score does not"
+        for reason, names in ladder.left_out.items()
     ]
 
 
@@ -111,8 +110,9 @@ def read(path: Path, data: dict) -> Ladder:
         found = json.loads(path.read_text(encoding="utf-8"))
         version, old = found["version"], {split: dict(found[split]) for split in data}
         rungs = [[str(name), float(value)] for name, value in found["rungs"]]
-        ladder = Ladder(rungs, list(map(str, found["left_out"])), int(found["num_recordings"]))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        left_out = {reason: list(map(str, names)) for reason, names in found["left_out"].items()}
+        ladder = Ladder(rungs, left_out, int(found["num_recordings"]))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"is not a ladder of this version ({type(error).__name__}: {error})") from error
     if version != VERSION:
         raise ValueError(f"is of version {version}, not {VERSION}")
