@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 TOY = "--seq_len 256 --dim 64 --num_heads 4 --num_kv_heads 2 --ffn_dim 128 --num_layers 2 --budget_s 1".split()
 
 
+@pytest.mark.slow
 def test_every_slice_of_the_gpu_benchmark_runs_and_checks_itself(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "all", *TOY, "--json", str(tmp_path / "out.json")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)

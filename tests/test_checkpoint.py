@@ -72,9 +72,10 @@ def assert_bit_equal(left, right):
     assert not different
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def world():
-    return distributed.start()
+    yield distributed.start()
+    distributed.stop()
 
 
 @pytest.fixture

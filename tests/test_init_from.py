@@ -28,9 +28,10 @@ def build(seed, **sizes):
     return Language(**sizes)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def world():
-    return distributed.start()
+    yield distributed.start()
+    distributed.stop()
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ def test_a_thousand_steps_come_within_4_percent_of_the_floor_and_never_below_it(
         train.train_step(model, adamw, microbatches, world, config.training.max_norm)
     scores = SpikeScores(held_out, keep_windows=True)
     result = train.validate(model, held_out, world, scores, local_batch_size=16)
+    distributed.stop()
     gap = ring_hmm_floor.gap(scores.window_nll, ring_hmm_floor.window_nll(held_out))
     captured = gap.captured(result["hist_nll"])
     print(
