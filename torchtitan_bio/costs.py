@@ -209,26 +209,30 @@ def saved_by_block(job: Job) -> float:
     return job.tokens * (c * (d + 2 * d + 2 * kv + d + feed_forward) + 4 * (job.num_heads + 2))
 
 
-def working_set(job: Job) -> float:
-    """The most that the backward of one block needs at once beside the block's input: three places compete.
+def working_set(job: Job) -> dict[str, float]:
+    """The most that the backward of one block needs at once beside the block's input: two halves compete.
 
-    The feed-forward half while gradients of silu's factors exist, attention's backward, and the rotation of q in fp32.
+    The feed-forward half is fullest while gradients of silu's factors exist; tiles sum the gradients of its weights in fp32.
+    The attention half finds these waiting for the rest of the block: in attention's backward, or with q rotated in fp32.
     """
     d, f, kv, c = job.dim, job.ffn_dim, job.kv_dim, job.compute_bytes
     attention = d + 2 * d + 2 * kv
     tile = (d + 6 * f) / job.ffn_tiles  # norm; both projections, silu, and the gradients of product, silu and second projection
     whole = d if job.ffn_tiles > 1 else 0  # the gradient that the tiles are written into
-    feed_forward = attention + 2 * d + whole + tile
-    attention_backward = attention + 3 * d + 2 * kv
-    rotation = 2 * d + d + 2 * kv + 8 * d / c
+    backward, rotation = attention + 3 * d + 2 * kv, 2 * d + d + 2 * kv + 8 * d / c
     exchanged = 2 * (d + kv) if job.context > 1 else 0  # q, k, v and the output once more, as they travel
-    return job.tokens * (c * (max(feed_forward, attention_backward, rotation) + exchanged) + 4 * (job.num_heads + 2))
-
-
-def own_gradients(job: Job) -> float:
-    """Of a block whose feed-forward half is in backward: the last weight's, or, in tiles, all three and their fp32 sums."""
-    weight = job.dim * job.ffn_dim
-    return 3 * weight * (4 + job.compute_bytes) if job.ffn_tiles > 1 else weight * job.compute_bytes
+    halves = (
+        (attention + 2 * d + whole + tile, 3 * d * f * (4 + c) if job.ffn_tiles > 1 else d * f * c),
+        (max(backward, rotation), 3 * d * f * c),
+    )
+    places = [
+        {
+            "working set of one block": job.tokens * (c * (values + exchanged) + 4 * (job.num_heads + 2)),
+            "gradients of its weights": gradients,
+        }
+        for values, gradients in halves
+    ]
+    return max(places, key=lambda place: sum(place.values()))
 
 
 def logits(job: Job) -> float:
@@ -262,16 +266,14 @@ def held_in_backward(job: Job, done: int | None) -> dict[str, float]:
         held -= 0 if is_recomputed else saved_by_block(job)
         kept -= kept_attention(job) if is_kept else 0
     gathered = (min(2, left) if job.reshard else left) * block + root_parameters(job)
-    on_their_way = block * (job.compute_bytes + job.reduce_bytes) if done else 0
     states_here = dict.fromkeys(states(job), 0.0) if job.offload_states else states(job)
     states_here["gradients"] *= 1 if job.microbatches > 1 else done / job.num_layers
     terms = states_here | {
         "gathered parameters": job.compute_bytes * gathered,
-        "gradients on their way": on_their_way + (own_gradients(job) if in_block else 0),
+        "gradients on their way": job.reduce_bytes * block if done else 0,  # of the block before
         "block inputs" if is_recomputed else "activations": held,
         "attention kept": kept,
-        "working set of one block": working_set(job) if in_block else 0,
-        "logits and loss": 0 if in_block else logits(job),
+        **(working_set(job) if in_block else {"logits and loss": logits(job)}),
         "rotary table": 4 * job.seq_len // job.context * job.dim // job.num_heads,
     }
     return {term: size for term, size in terms.items() if size}
