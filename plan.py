@@ -211,7 +211,7 @@ def report_run(config: Config, job: costs.Job, seconds: float):
     row("days", steps * seconds / 86400, "", f"for {steps:,} steps, {steps * job.sequences * job.seq_len / 1e9:,.2f} G tokens")
     folder = config_loader.run_folder(config)
     if section.enable:
-        size = costs.parameters(job) * (4 + 2 * job.adam_bytes)
+        size = costs.checkpoint_bytes(job)
         saves = -(-steps // section.interval)
         kept = saves if section.keep_latest_k == "all" else min(saves, section.keep_latest_k + 1)
         free = shutil.disk_usage(next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())).free

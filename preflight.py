@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from torchtitan_bio import context_parallel, costs, data, distributed, exits, metrics, models, recompute
+from torchtitan_bio import context_parallel, costs, data, distributed, exits, metrics, models, parallelize, recompute
 from torchtitan_bio.config import Config, ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,8 +39,8 @@ def main(loaded: config_loader.Loaded):
             find(config.validation.source or config.data.source, config.validation.split, config.data.split_by)
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
-    # Where a job of several nodes is submitted there may be no accelerator: each rank asks again for its own.
-    if int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) == 1:
+    # Where a job is submitted there may be no accelerator, or another: each rank asks again for its own.
+    if device.type == "cuda" and int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) == 1:
         refuse_too_large(config, job_of(config, architecture, size, device), device)
 
 
@@ -77,7 +77,7 @@ def check(config: Config, world_size: int, origin: dict[str, str] | None = None)
             f"{training.local_batch_size} * {at_once // training.local_batch_size}; nearest valid values are "
             f"{below or at_once} and {below + at_once}"
         )
-    if config.data.mode == "legacy" and world_size > 1:
+    if config.data.mode == "legacy" and world_size > parallelism.context_parallel_degree:
         problems.append(f"data.mode=legacy is defined on one rank, not {world_size}; use stream")
     if config.data.num_workers and not importlib.util.find_spec("torchdata"):
         problems.append(f"data.num_workers={config.data.num_workers} needs torchdata: pip install torchdata, or set it to 0")
@@ -139,7 +139,20 @@ def job_of(config: Config, architecture, world_size: int, device: torch.device, 
         shard=shard,
         param_dtype="float32" if param_dtype == torch.float32 else "bfloat16",
         ffn_tiles=tiles,
+        trained_share=trained_share(config, architecture),
+        async_save=config.checkpoint.enable and config.checkpoint.async_mode == "async",
     )
+
+
+def trained_share(config: Config, architecture) -> float:
+    """Of the parameters, what model.freeze leaves."""
+    if not config.model.freeze:
+        return 1.0
+    with torch.device("meta"), exits.blaming_the_input():
+        model = models.build(config.model.name, architecture)
+        parallelize.freeze(model, config.model.freeze)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
 
 
 def refuse_too_large(config: Config, job, device: torch.device) -> list[str]:
@@ -148,7 +161,7 @@ def refuse_too_large(config: Config, job, device: torch.device) -> list[str]:
         return []
     share_gib = metrics.host_memory_bytes() / costs.GIB / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cpu":
-        needed_gib = costs.peak(job).bytes / costs.GIB
+        needed_gib = (costs.peak(job).bytes + sum(costs.offloaded(job).values())) / costs.GIB  # the host is the device
         problems = [f"a process needs {needed_gib:.1f} GiB and its share is {share_gib:.1f}"] if needed_gib > share_gib else []
     else:
         problems = costs.check(job, metrics.device_memory_bytes(device) / costs.GIB, share_gib)

@@ -108,8 +108,8 @@ def main(loaded: config_loader.Loaded):
             method = config.parallelism.context_parallel_method
             loss, grad_norm, taken = train_step(model, adamw, microbatches, world, training.max_norm, method)
             step += 1
-            moved_bytes = sum(host.moved_bytes for host in built.host_memories)
-            work = count_work(config.model.name, architecture, job, microbatches)
+            moved_bytes = sum(host.moved_bytes for host in built.host_memories) if built.host_memories else None
+            work = count_work(config.model.name, architecture, job, microbatches, world)
             log.train(step, loss, grad_norm, lr, **work, moved_bytes=moved_bytes, skipped=not taken)
             skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
             if not taken:
@@ -120,7 +120,7 @@ def main(loaded: config_loader.Loaded):
                     f"{skipped_in_a_row} steps in a row were skipped; training.max_skipped_steps={training.max_skipped_steps}"
                 )
             if log.steps_here == 1:
-                say(metrics.peak_memory_line(world.device, costs.peak(job).bytes if job else None))
+                say(metrics.peak_memory_line(world.device, predict_peak(job, is_first=step == 1)))
                 distributed.set_timeout(world, config.comm.train_timeout_seconds)
             if step % training.gc_freq == 0:
                 gc.collect()
@@ -349,7 +349,8 @@ def restore(config, checkpoints, model, adamw, identity, state_of_run, world, sa
     if section.enable and not (found and found[1]["step"] == training.steps):
         step = found[1]["step"] if found else 0
         saves_ahead = -(-training.steps // section.interval) - step // section.interval
-        checkpoints.preflight(checkpoint.num_bytes(model), saves_ahead)
+        moment_bytes = 2 if config.optimizer.state_dtype == "bfloat16" else 4
+        checkpoints.preflight(checkpoint.num_bytes(model, moment_bytes), saves_ahead)
     if found:
         path, state = found
         now = state_of_run(state["step"], skipped_in_a_row=0)
@@ -394,23 +395,33 @@ def score(step: int, config: Config, model, held_out, world, log):
     log.validation(step, scores, headline=held_out.headline)
 
 
-def count_work(family: str, architecture, job, microbatches) -> dict[str, float]:
-    """What this rank's part of a step asks for: each document costs what its own length costs."""
+def count_work(family: str, architecture, job, microbatches, world) -> dict[str, float]:
+    """What a step asks of a rank on average: each document costs what its own length costs."""
     per_token = importlib.import_module(models.FAMILIES[family]).flops_per_token
     lengths = []
     for batch in microbatches:
         num_rows, seq_len = batch.inputs["tokens"].shape
         bounds = batch.inputs["cu_seqlens"]
         lengths += [seq_len] * num_rows if bounds is None else bounds.diff().tolist()
-    work = {"flops": sum(length * per_token(architecture, length) for length in lengths)}
+    flops = sum(length * per_token(architecture, length) for length in lengths) / world.context_size
     if job is None:
-        return work
+        return {"flops": world.sum({"flops": flops})["flops"] / world.size}
     mean = costs.mean_length(lengths)
+    performed, of_attention = flops * costs.hfu_factor(job, mean), flops * costs.attention_share(job, mean)
+    total = world.sum({"flops": flops, "performed": performed, "of_attention": of_attention})
     return {
-        "flops": work["flops"] / job.context,
-        "hfu_factor": costs.hfu_factor(job, mean),
-        "attention_share": costs.attention_share(job, mean),
+        "flops": total["flops"] / world.size,
+        "hfu_factor": total["performed"] / total["flops"],
+        "attention_share": total["of_attention"] / total["flops"],
     }
+
+
+def predict_peak(job, *, is_first: bool) -> float | None:
+    """Bytes of tensors in one step; a run's very first knows no moments of AdamW while memory is at its fullest."""
+    if job is None:
+        return None
+    missing = costs.states(job)["optimizer"] if is_first and not job.offload_states else 0
+    return costs.peak(job).bytes - missing
 
 
 def report_skip(step, loss, grad_norm, microbatches, train_data, world, say):

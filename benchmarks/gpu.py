@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import preflight
 import train
 from benchmarks import peers
-from torchtitan_bio import attention, config_loader, costs, distributed, metrics, optimizer, parallelize
+from torchtitan_bio import attention, config_loader, costs, distributed, kernels, metrics, optimizer, parallelize
 from torchtitan_bio.data.batch import Batch
 from torchtitan_bio.models import llama3
 
@@ -155,6 +155,7 @@ def measure_step(architecture, settings: list[str], seq_len: int, world, *, repe
 
 def measure_predecessor(architecture, seq_len: int, world) -> dict:
     """Its block, told again: eager norms, complex rotations, repeated keys and values, torch's own choice of kernel."""
+    kernels.restore_flash()  # an earlier slice may have left FA3 active, which is no choice of torch's
     with torch.device(world.device):
         model = peers.Predecessor(architecture)
     dtype = preflight.compute_dtype(config_loader.load([]).config, world.device)

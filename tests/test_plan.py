@@ -215,3 +215,21 @@ def test_sharing_sequences_keeps_ranks_and_the_global_batch():
         assert (change.job.ranks, change.job.sequences) == (16, 32)
         assert costs.states(change.job) == costs.states(job_8b(shard=16))
         assert change.job.context_method == ("ring" if change.job.context == 16 else "ulysses")  # of 8 key-value heads
+
+
+def job_with(*arguments):
+    config = config_loader.load(["--job.config_file", str(ROOT / "train_configs/primate_8B.toml"), *arguments]).config
+    return preflight.job_of(config, preflight.check(config, 8)[0], 8, torch.device("cuda"), 80 * GIB)
+
+
+def test_what_is_frozen_has_neither_gradients_nor_moments():
+    all_trained, one_part = job_with(), job_with("--model.freeze", '["tok_embeddings*", "layers.*", "norm*"]')
+    assert one_part.trained_share == pytest.approx(256 * 4096 / costs.parameters(one_part), rel=1e-12)
+    saved = costs.states(all_trained)["optimizer"] - costs.states(one_part)["optimizer"]
+    assert saved == pytest.approx(8 / 8 * (costs.parameters(all_trained) - 256 * 4096))
+    assert costs.peak(one_part).bytes <= costs.peak(all_trained).bytes - saved + 1
+
+
+def test_an_asynchronous_save_needs_room_for_its_copy_on_the_host():
+    beside, before = job_with(), job_with("--checkpoint.async_mode", "disabled")
+    assert costs.host_bytes(beside) - costs.host_bytes(before) == pytest.approx(12 / 8 * costs.parameters(beside))

@@ -90,8 +90,14 @@ def _attend_within_documents(routes: Routes, q, k, v, causal, cu_seqlens):
     outputs = []
     for rows, length in _equal_neighbours(lengths):
         together = [tensor[rows].unflatten(0, (-1, length)) for tensor in flat]
-        outputs.append(routes.dense(*together, causal).flatten(0, 1))
+        outputs.append((_of_one_token(*together) if length == 1 else routes.dense(*together, causal)).flatten(0, 1))
     return torch.cat(outputs).view_as(q)
+
+
+def _of_one_token(q, k, v):
+    """Attention to a document's only token, which torch refuses to give to cuDNN: its v. q and k get gradients of zero."""
+    k, v = (tensor.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for tensor in (k, v))
+    return v + 0 * (q + k)
 
 
 def _forward_within_documents(routes: Routes, halves: Halves, q, k, v, causal, cu_seqlens):
@@ -250,7 +256,9 @@ def _open_and_probe(candidate: Candidate, device, dtype, head_dim: int) -> tuple
         warnings.simplefilter("always")
         try:
             routes = candidate.open(device)
-            _probe(_by_autograd(routes), device, dtype, head_dim, None)
+            goes_one_by_one = not (routes.varlen and routes.varlen_is_as_fast)
+            for boundaries in (None, bounds) if goes_one_by_one else (None,):
+                _probe(_by_autograd(replace(routes, varlen=None)), device, dtype, head_dim, boundaries)
         except Exception as error:
             raise RuntimeError(" ".join([_one_line(error), *(_one_line(warning.message) for warning in said)])) from error
         notes = ["documents one by one"]

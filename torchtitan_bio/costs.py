@@ -48,6 +48,10 @@ class Job:
     offload_states: bool = False
     adam_bytes: int = 4
     """Bytes of each of Adam's two moments, a parameter."""
+    trained_share: float = 1.0
+    """Of the parameters; the others are frozen."""
+    async_save: bool = False
+    """Checkpoints are copied to the host, and written from there while training goes on."""
     compute_bytes: int = 2
     reduce_bytes: int = 4
     reshard: bool = True
@@ -90,6 +94,8 @@ def job(
     shard: int,
     param_dtype: str,
     ffn_tiles: int,
+    trained_share: float = 1.0,
+    async_save: bool = False,
 ) -> Job:
     """The job of a checked configuration, from its sections; the other arguments are what their "auto" came to."""
     at_once = training.local_batch_size * replicate * shard
@@ -107,6 +113,8 @@ def job(
         ffn_tiles=ffn_tiles,
         offload_inputs=activation_checkpoint.offload_inputs,
         offload_states=parallelism.offload_states,
+        trained_share=trained_share,
+        async_save=async_save,
         adam_bytes=2 if optimizer.state_dtype == "bfloat16" else 4,
         compute_bytes=4 if param_dtype == "float32" else 2,
         reduce_bytes=4 if training.mixed_precision_reduce == "float32" else 2,
@@ -189,7 +197,13 @@ class Peak:
 def states(job: Job) -> dict[str, float]:
     """Bytes of a rank's shards that live from step to step, wherever they are; gradients until the optimizer has read them."""
     share = parameters(job) / (job.shard * job.context)
-    return {"parameters": 4 * share, "optimizer": 2 * job.adam_bytes * share, "gradients": 4 * share}
+    trained = share * job.trained_share
+    return {"parameters": 4 * share, "optimizer": 2 * job.adam_bytes * trained, "gradients": 4 * trained}
+
+
+def checkpoint_bytes(job: Job) -> float:
+    """Of one checkpoint, all ranks together."""
+    return parameters(job) * (4 + 2 * job.adam_bytes * job.trained_share)
 
 
 def block_input(job: Job) -> float:
@@ -267,6 +281,8 @@ def held_in_backward(job: Job, done: int | None) -> dict[str, float]:
         kept -= kept_attention(job) if is_kept else 0
     gathered = (min(2, left) if job.reshard else left) * block + root_parameters(job)
     states_here = dict.fromkeys(states(job), 0.0) if job.offload_states else states(job)
+    if job.offload_states and job.replicate > 1 and job.microbatches > 1:  # until replicas meet, sums stay on the device
+        states_here["gradients"] = job.reduce_bytes / 4 * states(job)["gradients"]
     states_here["gradients"] *= 1 if job.microbatches > 1 else done / job.num_layers
     terms = states_here | {
         "gathered parameters": job.compute_bytes * gathered,
@@ -293,6 +309,8 @@ def offloaded(job: Job) -> dict[str, float]:
         terms["block inputs"] = job.num_layers * block_input(job)
     if job.recompute == "keep_attention" and job.keep_on == "host":
         terms["attention kept"] = job.num_layers * kept_attention(job)
+    if job.async_save:
+        terms["copy for an asynchronous save"] = checkpoint_bytes(job) / (job.shard * job.context)
     return terms
 
 

@@ -103,7 +103,13 @@ def exchange(value, group: dist.ProcessGroup | None = None) -> list:
 def degrees(size: int, shard_degree: int | str, replicate_degree: int, context_degree: int = 1) -> tuple[int, int]:
     """(replicate, shard) for so many ranks. "auto" shards over all ranks of a replica."""
     if shard_degree == "auto":
-        shard_degree = max(1, size // (replicate_degree * context_degree))
+        if size % (replicate_degree * context_degree):
+            divisors = ", ".join(str(number) for number in range(1, size + 1) if size % number == 0)
+            raise ValueError(
+                f"data_parallel_replicate_degree * context_parallel_degree = {replicate_degree} * {context_degree} does not "
+                f"divide the number of ranks, {size}; what does is {divisors}"
+            )
+        shard_degree = size // (replicate_degree * context_degree)
     if replicate_degree * shard_degree * context_degree != size:
         raise ValueError(
             f"data_parallel_replicate_degree * data_parallel_shard_degree * context_parallel_degree = "

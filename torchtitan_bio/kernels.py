@@ -220,14 +220,25 @@ def _in_torch(implementation: str) -> tuple[Callable, Callable]:
         if activate is None:
             raise ValueError(f"torch {torch.__version__} has no activate_flash_attention_impl")
         activate(implementation)
-        return _open_flash(device)
+        return _flash_routes(device)
 
     def close():
-        current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
-        if current() == implementation:
-            torch.nn.attention.restore_flash_attention_impl()
+        if _active_flash() == implementation:
+            restore_flash()
 
     return open, close
+
+
+def _active_flash() -> str | None:
+    """The implementation that stands in for torch's own flash; None for torch's own, and where torch knows no other."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    return current() if current else None
+
+
+def restore_flash():
+    """Torch's own flash again: one that was chosen stays behind torch's operators for the whole process."""
+    if _active_flash() is not None:
+        torch.nn.attention.restore_flash_attention_impl()
 
 
 def _open_fa3_package(device: torch.device) -> Routes:
@@ -250,11 +261,16 @@ def _open_fa3_package(device: torch.device) -> Routes:
 
 def _open_cudnn(device: torch.device) -> Routes:
     _need_cuda(device)
-    # Its variable-length kernel is torch's flash, and so are that one's halves.
+    restore_flash()  # its variable-length kernel is torch's flash, and so are that one's halves
     return Routes(sdpa(SDPBackend.CUDNN_ATTENTION), _torch_varlen(device), False, _heads_first(*CUDNN), _varlen_halves(device))
 
 
 def _open_flash(device: torch.device) -> Routes:
+    restore_flash()
+    return _flash_routes(device)
+
+
+def _flash_routes(device: torch.device) -> Routes:
     halves = _heads_first(*(FLASH_ON_CPU if device.type == "cpu" else FLASH))
     return Routes(sdpa(SDPBackend.FLASH_ATTENTION), _torch_varlen(device), halves=halves, varlen_halves=_varlen_halves(device))
 

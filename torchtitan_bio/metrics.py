@@ -80,7 +80,17 @@ def device_memory_bytes(device: torch.device) -> int:
 
 
 def host_memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """What the machine has, or what a container or a SLURM job may take of it (control groups, version 2)."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    try:
+        own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        folder = Path("/sys/fs/cgroup") / own.removeprefix("0::/")
+        for limit in (each / "memory.max" for each in (folder, *folder.parents)):
+            if limit.is_file() and limit.read_text().strip().isdecimal():
+                limits.append(int(limit.read_text()))
+    except (OSError, StopIteration):
+        pass
+    return min(limits)
 
 
 def peak_memory_line(device: torch.device, predicted_bytes: float | None) -> str:
@@ -245,13 +255,13 @@ class Metrics:
         flops: float,
         hfu_factor: float | None = None,
         attention_share: float | None = None,
-        moved_bytes: int = 0,
+        moved_bytes: int | None = None,
         skipped: bool = False,
     ):
         """Step number `step` is done.
 
         flops: what the mathematics of this rank's part of it needs; hfu_factor: FLOPs performed for each of them;
-        attention_share: attention's part of them; moved_bytes: between device and host memory so far, both ways.
+        attention_share: attention's part of them; moved_bytes: of activations, to host memory and back so far; None where none wait there.
         """
         now = time.perf_counter()
         seconds = now - self._started
@@ -274,11 +284,11 @@ class Metrics:
             mfu=share,
             hfu=None if share is None or hfu_factor is None else share * hfu_factor,
             attention_share=attention_share,
-            offload_gb_per_s=(moved_bytes - self._moved_bytes) / seconds / 1e9,
+            offload_gb_per_s=None if moved_bytes is None else (moved_bytes - self._moved_bytes) / seconds / 1e9,
             peak_memory_gib=peak_memory_gib(self._device),
             reserved_memory_gib=reserved_memory_gib(self._device),
         )
-        self._moved_bytes = moved_bytes
+        self._moved_bytes = moved_bytes or 0
         if self.steps_here == 1 or step % self._log_freq == 0 or step == self._steps:
             self._print_step(step, loss, now)
 

@@ -100,12 +100,12 @@ def copy_to_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
-def num_bytes(model: nn.Module) -> int:
+def num_bytes(model: nn.Module, moment_bytes: int = 4) -> int:
     """Size of one checkpoint with AdamW, all ranks together: two moments for what is trained, and 2 KiB of framing a tensor."""
     total = 0
     for parameter in model.parameters():
-        copies = 3 if parameter.requires_grad else 1
-        total += copies * (math.prod(parameter.shape) * parameter.element_size() + 2048)
+        sizes = [parameter.element_size(), *([moment_bytes] * 2 if parameter.requires_grad else [])]
+        total += sum(math.prod(parameter.shape) * size + 2048 for size in sizes)
     return total
 
 
