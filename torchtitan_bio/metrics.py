@@ -260,8 +260,8 @@ class Metrics:
     ):
         """Step number `step` is done.
 
-        flops: what the mathematics of this rank's part of it needs; hfu_factor: FLOPs performed for each of them;
-        attention_share: attention's part of them; moved_bytes: of activations, to host memory and back so far; None where none wait there.
+        flops: what the mathematics of a rank's part of it needs; hfu_factor: FLOPs performed for each of them;
+        attention_share: attention's part of them; moved_bytes: of activations, to host memory and back so far, or None.
         """
         now = time.perf_counter()
         seconds = now - self._started
