@@ -1,5 +1,7 @@
 """One process against many: the same model, batch and step, whatever the layout of the ranks."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -183,3 +185,17 @@ def test_compiled_blocks_give_the_losses_and_gradients_of_eager_ones(reference):
     np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
     for name, gradient in gradients.items():
         assert np.abs(other_gradients[name] - gradient).max() < 1e-5 * np.abs(gradient).max(), name
+
+
+def test_what_fsdp_moves_to_an_accelerator_leaves_document_boundaries_on_the_cpu():
+    """Before the root's forward FSDP moves each tensor that it finds among the inputs, on accelerators only."""
+    from torch.distributed.utils import _to_kwargs
+
+    batch = uneven_batch(0, 0, 4)
+    inputs = train.to_device(batch.inputs, SimpleNamespace(device=torch.device("cpu"), context_size=1), "ulysses")
+    [moved], _ = (each[0] for each in _to_kwargs((inputs,), {}, torch.device("meta"), False))
+    assert moved["tokens"].is_meta and np.array_equal(moved["cu_seqlens"], batch.inputs["cu_seqlens"])
+    model = models.build("llama3", models.resolve("llama3", "debug", {}))
+    model.init_weights(0)
+    one, other = (model(batch.inputs | {"cu_seqlens": each["cu_seqlens"]})["next_token"] for each in (batch.inputs, moved))
+    assert torch.equal(one, other) and not torch.equal(one, model(batch.inputs | {"cu_seqlens": None})["next_token"])

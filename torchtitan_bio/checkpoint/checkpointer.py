@@ -7,20 +7,32 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from torchtitan_bio.checkpoint import commit, load
-from torchtitan_bio.checkpoint.peers import meet
-from torchtitan_bio.checkpoint.tensors import copy_to_cpu, model_tensors, optimizer_tensors, refuse_non_finite
+from torchtitan_bio.checkpoint.peers import CheckpointError, meet
+from torchtitan_bio.checkpoint.tensors import copy_to_cpu, local, model_tensors, optimizer_tensors, refuse_non_finite
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A save that is being written while training goes on."""
+
+    step: int
+    is_last: bool
+    outcome: Future
 
 
 class Checkpointer:
     """The checkpoints of one run. Every method is called by all ranks together; an error on one is raised on all.
 
-    keep_latest_k: a number, or "all". say: gets each line for the log, on rank 0.
+    keep_latest_k: a number, or "all". on_error: "stop" raises when a save fails, "continue" makes a warning of it on all ranks
+    alike. say: gets each line for the log, on rank 0.
     """
 
     def __init__(
@@ -30,19 +42,25 @@ class Checkpointer:
         world,
         keep_latest_k: int | str = "all",
         asynchronous: bool = False,
+        on_error: str = "stop",
         say: Callable[[str], None] = print,
     ):
         if keep_latest_k != "all" and not (isinstance(keep_latest_k, int) and keep_latest_k >= 1):
             raise ValueError(f'keep_latest_k={keep_latest_k!r}; it is "all" or a number from 1 up')
+        if on_error not in ("stop", "continue"):
+            raise ValueError(f'on_error={on_error!r}; it is "stop" or "continue"')
         self.folder = Path(folder)
         self.keep_latest_k = keep_latest_k
         self.asynchronous = asynchronous
+        self.on_error = on_error
         self.say = say if world.rank == 0 else lambda line: None
         self._peers = meet(world)
         self._refused: dict[str, str] = {}  # names of newer ones than the latest that verifies, with the reason
         self._why: dict[Path, str] = {}  # of each path that this object has verified, why it was chosen
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future | None = None
+        self._pending: Pending | None = None
+        self._copies: dict[str, torch.Tensor] = {}  # what asynchronous saves are written from
+        self._was_there = False  # the folder, when this object last used it
 
     def preflight(self, bytes_needed: int, saves_ahead: int):
         """Refuse before step 1 what would fail later. bytes_needed: of each of the checkpoints ahead, see tensors.num_bytes."""
@@ -81,6 +99,7 @@ class Checkpointer:
             if own.exists():
                 own.unlink()
         self._peers.first("preflight", measure)
+        self._was_there = True
 
     def latest(self) -> tuple[Path, dict] | None:
         """The newest checkpoint that verifies and its train state; None where a run has not saved yet.
@@ -116,39 +135,89 @@ class Checkpointer:
         self._peers.first("setting aside", lambda: [self._set_aside(name, problem) for name, problem in refused.items()])
         self.say(f"checkpoint: loaded {path} ({self._why[path]}): {loaded}")
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, train_state: dict, model_json: dict):
-        """Commit step-%08d, or leave nothing under that name. Returns once it is on disk, or copied where asynchronous."""
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        train_state: dict,
+        model_json: dict,
+        *,
+        documents: dict[str, dict] | None = None,
+        is_last: bool = False,
+    ):
+        """Commit step-%08d, or leave nothing under that name. Returns once it is on disk, or copied where asynchronous.
+
+        documents: more JSON by file name. is_last: of this run, so that its failure is an error whatever on_error says. Values
+        that are not finite are one in any case.
+        """
         self.wait()
         started = time.monotonic()
 
         def prepare():
             tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
             refuse_non_finite(tensors)
-            return tensors, {"train_state.json": as_json(train_state), "model.json": as_json(model_json)}
+            named = (documents or {}) | {"train_state.json": train_state, "model.json": model_json}
+            return tensors, {name: as_json(content) for name, content in named.items()}
 
-        tensors, documents = self._peers.each(f"preparing step {step}", prepare)
-        if self._saved_already(step):
-            return
-        if self.asynchronous:
-            tensors = self._peers.each("copying to the CPU", lambda: copy_to_cpu(tensors))
-        staging = commit.stage(self.folder, step, self._peers)
+        tensors, written = self._peers.each(f"preparing step {step}", prepare)
+        with self._answering_for(step, is_last):
+            if self._saved_already(step):
+                return
+            if self.asynchronous:
+                tensors = self._copy(tensors)
+            staging = self._stage(step)
 
-        def write() -> tuple[Path, float]:
-            return commit.write(staging, tensors, documents, self._peers), time.monotonic() - started
+            def write() -> tuple[Path, float]:
+                return commit.write(staging, tensors, written, self._peers), time.monotonic() - started
 
-        if self.asynchronous:
-            self._pending = self._thread.submit(write)
-        else:
-            self._committed(*write())
+            if self.asynchronous:
+                self._pending = Pending(step, is_last, self._thread.submit(write))
+            else:
+                self._committed(*write())
 
     def wait(self):
-        """Until what was begun is committed. An error of an asynchronous save is raised here, and nothing older is deleted."""
+        """Until what was begun is committed. An error of an asynchronous save appears here, and nothing older is deleted."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        self._committed(*pending.result())
+        with self._answering_for(pending.step, pending.is_last):
+            self._committed(*pending.outcome.result())
+
+    @contextmanager
+    def _answering_for(self, step: int, is_last: bool):
+        # Only what all ranks have agreed upon is a CheckpointError: a collective that broke ends the run in any case.
+        try:
+            yield
+        except CheckpointError as error:
+            if is_last or self.on_error == "stop":
+                raise
+            self.say(f"warning: saving step {step}: {error}; training goes on (checkpoint.on_save_error)")
+
+    def _copy(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Into memory that the saves of a run share. It is free: wait() has returned since it was last written from."""
+        is_first = not self._copies
+        self._copies = self._peers.each("copying to the CPU", lambda: copy_to_cpu(tensors, self._copies))
+        if is_first:
+            held = in_units(sum(local(copy).nbytes for copy in self._copies.values()))
+            self.say(f"checkpoint: asynchronous saves keep {held} of host memory in this process")
+        return self._copies
+
+    def _stage(self, step: int) -> Path:
+        def look():
+            if self._was_there and not self.folder.is_dir():  # a new one would be empty, and perhaps on another disk
+                raise FileNotFoundError(f"{self.folder} has vanished; is its file system still mounted?")
+
+        try:
+            self._peers.first(f"looking for {self.folder}", look)
+            return commit.stage(self.folder, step, self._peers)
+        except CheckpointError as error:
+            free = self._peers.first("measuring", lambda: free_bytes(self.folder))
+            target = self.folder / commit.step_name(step)
+            raise CheckpointError(f"{target} was not saved: {error} ({free} bytes free)") from error
 
     def _committed(self, path: Path, seconds: float):
+        self._was_there = True
         self.say(f"checkpoint: saved {path} in {seconds:.1f} s")
         if self.keep_latest_k != "all":
             self._peers.first("retention", lambda: commit.retire(self.folder, self.keep_latest_k, path, self.say))
@@ -169,6 +238,11 @@ class Checkpointer:
     def _set_aside(self, name: str, problem: str):
         aside = commit.set_aside(self.folder / name)
         self.say(f"checkpoint: {problem}; set aside as {aside.name}")
+
+
+def free_bytes(folder: Path) -> int:
+    """On the disk where the folder lies, or would lie."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
 
 
 def in_units(num_bytes: int) -> str:

@@ -40,22 +40,37 @@ def names_like(folder: Path, pattern: re.Pattern) -> list[str]:
 
 
 def stage(folder: Path, step: int, peers: Peers) -> Path:
-    """An empty folder to write in, its name chosen by rank 0."""
+    """An empty folder to write a step in, its name chosen by rank 0."""
+    return stage_as(folder / step_name(step), peers)
+
+
+def stage_as(target: Path, peers: Peers) -> Path:
+    """An empty folder beside the target, to write in."""
 
     def make() -> str:
-        staging = folder / f"{step_name(step)}.partial-{secrets.token_hex(4)}"
+        staging = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
         staging.mkdir(parents=True)
         return staging.name
 
-    return folder / peers.first(f"making a folder in {folder}", make)
+    return target.with_name(peers.first(f"making a folder in {target.parent}", make))
 
 
-def write(staging: Path, tensors: dict[str, torch.Tensor], documents: dict[str, dict], peers: Peers) -> Path:
+def write(
+    staging: Path,
+    tensors: dict[str, torch.Tensor],
+    documents: dict[str, dict],
+    peers: Peers,
+    *,
+    step: int | None = None,
+    read: Callable[[str], torch.Tensor] | None = None,
+) -> Path:
     """Fill the staging folder and commit it; the committed path. On failure all ranks raise and the staging folder is removed.
 
-    documents: JSON files to lie beside the tensors. Safe in a second thread: it speaks only on the peers' own group.
+    documents: JSON files to lie beside the tensors. step: where the folder's name does not tell. read: see dcp.write. Safe in a
+    second thread: it speaks only on the peers' own group.
     """
-    target = staging.parent / staging.name[: len(step_name(0))]
+    target = staging.with_name(staging.name.rpartition(".partial-")[0])
+    step = int(STEP.fullmatch(target.name)[1]) if step is None else step
     planned = layout(tensors)
 
     def write_documents():
@@ -64,10 +79,10 @@ def write(staging: Path, tensors: dict[str, torch.Tensor], documents: dict[str, 
 
     try:
         peers.first("writing", write_documents)
-        peers.each("writing", lambda: dcp.write(staging, tensors, peers))
+        peers.each("writing", lambda: dcp.write(staging, tensors, peers, read))
         shares = peers.exchange(peers.each("hashing", lambda: fingerprint_own_files(staging, documents, peers.rank)))
         files = {name: entry for share in shares for name, entry in share.items()}
-        peers.first("the commit", lambda: commit(staging, target, planned, files))
+        peers.first("the commit", lambda: commit(staging, target, step, planned, files))
     except (CheckpointError, ValueError) as error:  # not the failure of a collective: others may be writing still
         free = peers.first("discarding", lambda: discard(staging))
         raise CheckpointError(f"{target} was not saved: {error} (writing {staging}, {free} bytes free)") from error
@@ -76,7 +91,8 @@ def write(staging: Path, tensors: dict[str, torch.Tensor], documents: dict[str, 
 
 def discard(staging: Path) -> int:
     """Remove what was written in vain (the rest of it is a leftover, no second error); how many bytes were free before."""
-    free = shutil.disk_usage(staging.parent).free
+    there = next(path for path in staging.parents if path.exists())
+    free = shutil.disk_usage(there).free
     shutil.rmtree(staging, ignore_errors=True)
     return free
 
@@ -107,7 +123,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def commit(staging: Path, target: Path, planned: dict[str, dict], files: dict[str, dict]):
+def commit(staging: Path, target: Path, step: int, planned: dict[str, dict], files: dict[str, dict]):
     """Rank 0's part: everything planned is there, the manifest says so, the folder gets its name."""
     check_sizes(staging, files)
     index = dcp.read_metadata(staging)
@@ -116,7 +132,7 @@ def commit(staging: Path, target: Path, planned: dict[str, dict], files: dict[st
     broken += dcp.uncovered(index, planned, {name: entry["bytes"] for name, entry in files.items()})
     if broken:
         raise CheckpointError(f"{enumerate_names(broken)} did not reach the files in full")
-    body = {"format": 1, "step": int(target.name[-8:]), "torch": torch.__version__, "files": files, "tensors": planned}
+    body = {"format": 1, "step": step, "torch": torch.__version__, "files": files, "tensors": planned}
     write_json(staging / "manifest.json.new", body | {"sha256": seal(body)})
     os.rename(staging / "manifest.json.new", staging / "manifest.json")
     flush(staging)
@@ -166,8 +182,9 @@ def inspect(folder: Path) -> dict:
             name for name in stored.keys() | manifest["tensors"] if stored.get(name) != manifest["tensors"].get(name)
         )
         raise ValueError(f"{folder}: .metadata and manifest.json disagree about {enumerate_names(different)}")
-    for name in ("train_state.json", "model.json"):
-        read_json(folder / name)
+    for name in manifest["files"]:
+        if name.endswith(".json"):
+            read_json(folder / name)
     return manifest
 
 

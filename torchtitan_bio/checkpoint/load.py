@@ -83,7 +83,7 @@ def load_model(path, model, model_json: dict, *, world) -> str:
     Returns one line that says what was loaded, from where and why.
     """
     path, peers = Path(path), meet(world)
-    if commit.STEP.fullmatch(path.resolve().name):
+    if (path / "manifest.json").exists() or commit.STEP.fullmatch(path.resolve().name):
         examine(path, peers)
         why = "named"
     else:

@@ -90,14 +90,41 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def refuse_non_finite(tensors: dict[str, torch.Tensor]):
-    broken = [name for name, tensor in tensors.items() if not local(tensor).isfinite().all()]
+    broken = [name for name, tensor in tensors.items() if not is_finite(local(tensor))]
     if broken:
         raise ValueError(f"not saved: {enumerate_names(broken)} hold values that are not finite")
 
 
-def copy_to_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A copy that training may not touch, shards staying shards."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+def is_finite(tensor: torch.Tensor) -> bool:
+    # No sum is finite that has a term which is not. It takes one pass and no memory; only where finite terms overflow it does
+    # the slow way decide.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def copy_to_cpu(tensors: dict[str, torch.Tensor], earlier: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy that training may not touch, shards staying shards.
+
+    earlier: what this returned before, whose memory is used again where it fits; new memory costs more than the copying.
+    """
+    copies = {}
+    for name, tensor in tensors.items():
+        copy = earlier.get(name)
+        if copy is None or not is_alike(copy, tensor):
+            copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        local(copy).copy_(local(tensor.detach()), non_blocking=True)
+        copies[name] = copy
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return copies
+
+
+def is_alike(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether one can be copied into the other, shard by shard."""
+    of_left, of_right = (
+        (each.shape, each.dtype, getattr(each, "placements", None), getattr(each, "device_mesh", None))
+        for each in (left, right)
+    )
+    return of_left == of_right
 
 
 def num_bytes(model: nn.Module, moment_bytes: int = 4) -> int:

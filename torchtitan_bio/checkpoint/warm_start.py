@@ -11,9 +11,7 @@ from torchtitan_bio.checkpoint import commit, dcp
 from torchtitan_bio.checkpoint.load import differences, examine, words
 from torchtitan_bio.checkpoint.peers import meet
 from torchtitan_bio.checkpoint.tensors import enumerate_names, layout, model_tensors
-
-# What torchtitan and its kin store beside the model, which has bare names there.
-TRAINING_STATE = ("optimizer", "optimizers", "lr_scheduler", "lr_schedulers", "dataloader", "train_state")
+from torchtitan_bio.checkpoint.weights import check_is_step, left_aside, model_names
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,15 @@ def init_from(
         index = dcp.read_metadata(path)
         names, renamed = rename_all(model_names(index), rename or {})
         wanted = {name.removeprefix("model."): tensor for name, tensor in model_tensors(model).items()}
-        match = compare(path, names, dcp.stored_tensors(index), layout(wanted), allowed)
+        numbers = different_numbers(path, model_json, "tok_embeddings.weight" in names)
+        match = compare(path, names, dcp.stored_tensors(index), layout(wanted), allowed, numbers)
         sizes = {file.name: file.stat().st_size for file in path.iterdir()}
         broken = dcp.uncovered(index, [names[name] for name in match.loaded], sizes)
         if broken:
             raise ValueError(f"{path} is incomplete: its files do not hold all of {enumerate_names(broken)}")
         targets = {names[name]: wanted[name] for name in match.loaded}
-        return index, targets, report(path, match, renamed, different_numbers(path, model_json))
+        aside = "" if is_ours else left_aside(index)
+        return index, targets, report(path, match, renamed, numbers, aside)
 
     is_ours = peers.first(f"looking at {path}", lambda: check_is_step(path))
     if is_ours:
@@ -62,22 +62,6 @@ def init_from(
     index, targets, lines = peers.each(f"comparing {path}", plan)
     peers.each(f"loading {path}", lambda: dcp.read_in_place(path, index, targets, peers))
     return lines
-
-
-def check_is_step(path: Path) -> bool:
-    """Whether the folder carries a manifest of ours; ValueError where it holds step folders instead of being one."""
-    folders = [folder for folder in (path, path / "checkpoint") if commit.names_like(folder, commit.STEP)]
-    if folders:
-        newest = folders[0] / commit.names_like(folders[0], commit.STEP)[0]
-        raise ValueError(f"{path} is a folder of checkpoints; name one of them, such as {newest}")
-    return (path / "manifest.json").exists()
-
-
-def model_names(index) -> dict[str, str]:
-    """{name without "model.": stored name} of the weights in a DCP folder, leaving out its training state."""
-    stored = [name for name in dcp.stored_tensors(index) if name.split(".")[0] not in TRAINING_STATE]
-    prefix = "model." if stored and all(name.startswith("model.") for name in stored) else ""
-    return {name.removeprefix(prefix): name for name in stored}
 
 
 def rename_all(names: dict[str, str], patterns: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -114,8 +98,8 @@ def carry_over(pattern: str, replacement: str, name: str) -> str:
     return pieces[0] + "".join(text + piece for text, piece in zip(matches(pattern, name).groups(), pieces[1:], strict=True))
 
 
-def compare(path: Path, names: dict[str, str], stored: dict, wanted: dict, allowed: list[str]) -> Match:
-    """ValueError with all that is neither loaded nor allowed. names: name here -> stored name."""
+def compare(path: Path, names: dict[str, str], stored: dict, wanted: dict, allowed: list[str], numbers: list[str]) -> Match:
+    """ValueError with all that is neither loaded nor allowed. names: name here -> stored name; numbers: different_numbers."""
     idle = [pattern for pattern in allowed if not any(matches(pattern, name) for name in wanted.keys() | names)]
     if idle:
         raise ValueError(
@@ -138,6 +122,7 @@ def compare(path: Path, names: dict[str, str], stored: dict, wanted: dict, allow
     refused["unexpected"] = [name for name in unused if not any(matches(pattern, name) for pattern in allowed)]
     problems = [f"{kind}: {enumerate_names(found)}" for kind, found in refused.items() if found]
     if problems:
+        problems += [f"the architectures differ: {', '.join(numbers)}"] if numbers else []
         raise ValueError(f"{path} does not fit the model, and allow_missing does not cover it: {'; '.join(problems)}")
     if not loaded:
         raise ValueError(
@@ -146,13 +131,15 @@ def compare(path: Path, names: dict[str, str], stored: dict, wanted: dict, allow
     return Match(loaded, cast, fresh, unused)
 
 
-def different_numbers(path: Path, model_json: dict | None) -> list[str]:
+def different_numbers(path: Path, model_json: dict | None, has_embedding: bool) -> list[str]:
+    """In what the architectures differ. The vocabulary of a source without an embedding is nobody's."""
     if model_json is None or not (path / "model.json").exists():
         return []
-    return differences(commit.read_json(path / "model.json"), model_json)
+    found = differences(commit.read_json(path / "model.json"), model_json)
+    return [each for each in found if has_embedding or not each.startswith("architecture.vocab_size ")]
 
 
-def report(path: Path, match: Match, renamed: dict[str, str], numbers: list[str]) -> list[str]:
+def report(path: Path, match: Match, renamed: dict[str, str], numbers: list[str], aside: str) -> list[str]:
     counts = f"{len(match.loaded)} tensors loaded, {len(match.fresh)} keep fresh values, {len(match.unused)} there left unused"
     sections = {
         "renamed": [f"{renamed[name]} -> {name}" for name in match.loaded if name in renamed],
@@ -162,6 +149,8 @@ def report(path: Path, match: Match, renamed: dict[str, str], numbers: list[str]
     }
     lines = [f"init_from {path}: {counts}"]
     lines += [f"init_from {kind}: {enumerate_names(found)}" for kind, found in sections.items() if found]
+    if aside:
+        lines.append(f"init_from left aside: {aside}")
     if numbers:
         lines.append(f"init_from WARNING, the architectures differ, which shapes may not show: {'; '.join(numbers)}")
     return lines

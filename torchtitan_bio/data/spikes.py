@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from torchtitan_bio.data import keyed, packing, ring_hmm, selection, sources
+from torchtitan_bio.data import keyed, packing, ring_hmm, selection, sources, summary
 from torchtitan_bio.data.batch import IGNORED, Batch
 from torchtitan_bio.data.recordings import LARGEST_COUNT, Recordings, decode
 from torchtitan_bio.data.selection import number_of
@@ -39,7 +39,7 @@ class Sample:
 class Spikes:
     """Windows of recordings. `index` has a row for each recording in use, `session` its session's number; `malformed` are the
     rows that cannot be read, `not_scored` those too wide for a window and `skipped` the files left out, as (name, reason);
-    `clipped` counts, by source, what was read as 254."""
+    `clipped` counts, by source, what was read as 254; `about` says in words of the settings what this is."""
 
     vocab_size = 256
     scorer = "torchtitan_bio.science.scores:SpikeScores"
@@ -61,7 +61,9 @@ class Spikes:
         malformed,
         not_scored,
         skipped,
+        about,
     ):
+        self.about = about
         self.store, self.index, self.windows, self.fingerprint = store, index, windows, fingerprint
         self.mode, self.seq_len, self.seed, self.num_neurons = mode, seq_len, seed, num_neurons
         self.cross_recordings, self.malformed, self.not_scored, self.skipped = cross_recordings, malformed, not_scored, skipped
@@ -189,6 +191,20 @@ class Spikes:
             lines.append(f"data: counts above {LARGEST_COUNT} are read as {LARGEST_COUNT}: {clipped}")
         return lines
 
+    def summary(self):
+        """What goes with a model into the world, as JSON: where recordings come from, and how many there are of each source.
+        Counts and tokens are of the neurons in use. No count is read for it."""
+        widths = np.array([self.width(row) for row in range(len(self.index))])
+        return self.about | {
+            "mode": self.fingerprint["mode"],
+            "codec": CODEC,
+            "num_neurons": "all" if self.num_neurons is None else self.num_neurons,
+            "malformed": len(self.malformed),
+            "too_wide": len(self.not_scored),
+            "files_left_out": len(self.skipped),
+            **summary.summarize(self.index, widths * self.index.t),
+        }
+
 
 def build(
     *,
@@ -272,6 +288,12 @@ def build(
         malformed=malformed,
         not_scored=not_scored,
         skipped=sources.skipped_files(source),
+        about={
+            "source": summary.public_name(source),
+            "split": split,
+            "split_by": split_by,
+            "bin_width_s": summary.provenance(source).get("bin_width_s"),
+        },
     )
 
 

@@ -10,7 +10,8 @@ A family is a module with
     init_weights(seed, own_part)  fills each parameter in place, an element by the seed, the parameter's name and its own index
                                   alone; own_part(parameter) is (the tensor to fill, how many elements lie before it)
     forward(inputs)               {term: summed loss, fp32 scalar}
-    logits(inputs)                where that has meaning
+    logits(inputs)                where that has meaning; inputs["attends"], an attend for each block, then stand in for the
+                                  model's own, as a cache of keys and values does
 """
 
 import dataclasses
@@ -39,6 +40,16 @@ def resolve(name: str, flavor: str, overrides: dict):
     if problems:
         raise ValueError("\n".join(problems))
     return architecture
+
+
+def restore(name: str, numbers: dict):
+    """The Architecture of which model.json holds the numbers; ValueError where they are not of this version."""
+    if name not in FAMILIES:
+        raise ValueError(_unknown("family", name, FAMILIES))
+    try:
+        return importlib.import_module(FAMILIES[name]).Architecture(**numbers)
+    except TypeError as error:
+        raise ValueError(f"model.json has other numbers than a {name} of this version: {error}") from error
 
 
 def build(name: str, architecture, attend=None, **options):

@@ -100,9 +100,10 @@ class Attention(nn.Module):
         self.wv = nn.Linear(a.dim, a.num_kv_heads * a.head_dim, bias=False)
         self.wo = nn.Linear(a.num_heads * a.head_dim, a.dim, bias=False)
 
-    def forward(self, x, rope, cu_seqlens):
+    def forward(self, x, rope, cu_seqlens, attend=None):
+        attend = attend or self.attend
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.wq, self.wk, self.wv))
-        mixed = self.attend(layers.rotate(q, rope), layers.rotate(k, rope), v, causal=True, cu_seqlens=cu_seqlens)
+        mixed = attend(layers.rotate(q, rope), layers.rotate(k, rope), v, causal=True, cu_seqlens=cu_seqlens)
         return self.wo(mixed.flatten(-2))
 
 
@@ -122,16 +123,18 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(a.dim, eps=a.norm_eps)
         self.ffn_tiles = ffn_tiles
 
-    def forward(self, x, rope, cu_seqlens):
-        x = x + self.attention(self.attention_norm(x), rope, cu_seqlens)
+    def forward(self, x, rope, cu_seqlens, attend=None):
+        x = x + self.attention(self.attention_norm(x), rope, cu_seqlens, attend)
         weights = (self.ffn_norm.weight, *(self.feed_forward[name].weight for name in ("w1", "w2", "w3")))
         return recompute.in_tiles(functools.partial(feed_forward_half, eps=self.ffn_norm.eps), x, weights, self.ffn_tiles)
 
 
 class Model(nn.Module):
-    """inputs: tokens (B, S), labels (B, S) with -100 where there is no target, cu_seqlens as in attention.Kernel or None.
+    """inputs: tokens (B, S), labels (B, S) with -100 where there is no target, cu_seqlens None or as in attention.Kernel, but
+    perhaps an array.
 
     Where a rank holds a part of each row, "positions" (S) tells which, and attend gathers what it needs of the others.
+    Where keys and values of earlier tokens are cached, "attends" has an attend for each block, in place of the model's own.
     ffn_tiles: tiles of tokens in which each block's feed-forward half is computed, and computed again in backward; 1 is off.
     """
 
@@ -179,14 +182,16 @@ class Model(nn.Module):
 
     def _hidden(self, inputs: dict) -> torch.Tensor:
         tokens, cu_seqlens = inputs["tokens"], inputs.get("cu_seqlens")
-        if cu_seqlens is not None and len(cu_seqlens) == len(tokens) + 1:
-            cu_seqlens = None  # the boundaries of the rows and no others
+        if cu_seqlens is not None:
+            # The boundaries of the rows and no others are none.
+            cu_seqlens = None if len(cu_seqlens) == len(tokens) + 1 else torch.as_tensor(cu_seqlens)
         # The table is not a buffer: to_empty would leave one uninitialised, and mixed precision round it to bf16.
         positions = inputs.get("positions")
         rope = layers.rope_table(tokens.shape[1] if positions is None else positions, self._frequencies(tokens.device))
         x = self.tok_embeddings(tokens.long())
-        for block in self.layers:
-            x = block(x, rope, cu_seqlens)
+        attends = inputs.get("attends") or ()
+        for number, block in enumerate(self.layers):
+            x = block(x, rope, cu_seqlens, *attends[number : number + 1])
         return self.norm(x)
 
     def _frequencies(self, device) -> torch.Tensor:

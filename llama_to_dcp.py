@@ -1,0 +1,212 @@
+"""Llama weights of Hugging Face or Meta into a checkpoint folder that training starts from.
+
+python llama_to_dcp.py --input_dir Llama-3.1-8B --output_dir outputs/Llama-3.1-8B
+python llama_to_dcp.py --input_dir Llama-3.1-8B --output_dir outputs/Llama-3.1-8B-text --vocab keep --verify
+
+One tensor is in memory at a time. Exit status: 0 done, 2 something is to be mended; nothing is left behind then.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from torchtitan_bio import bridge, checkpoint, convert, distributed, weight_files
+from torchtitan_bio.models import llama3
+from torchtitan_bio.science import agreement
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """Weights to convert, under our names and in our order of rows."""
+
+    kind: str
+    architecture: llama3.Architecture
+    entries: dict[str, weight_files.Entry]
+    read: Callable[[str], torch.Tensor]
+    config: dict
+    """config.json or params.json, as it is."""
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Llama weights of Hugging Face or Meta -> a checkpoint folder.", allow_abbrev=False
+    )
+    parser.add_argument("--input_dir", type=Path, required=True, help="config.json + safetensors, or params.json + *.pth")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the folder to make")
+    parser.add_argument(
+        "--vocab",
+        choices=["keep", "new"],
+        default="new",
+        help="new leaves embedding and output out, for models with another vocabulary (default: %(default)s)",
+    )
+    parser.add_argument("--dtype", choices=bridge.DTYPES, help="type to store (default: the input's)")
+    parser.add_argument("--verify", action="store_true", help="read the result again and compare it with the input")
+    return parser.parse_args(arguments)
+
+
+def main(asked: argparse.Namespace):
+    bridge.refuse_existing(asked.output_dir)
+    source = open_source(asked.input_dir)
+    if asked.verify and is_for_transformers(source, asked):
+        agreement.need_transformers()
+    names = [name for name in source.entries if asked.vocab == "keep" or name not in convert.OF_THE_VOCABULARY]
+    world = distributed.start()
+    write(source, names, asked, world)
+    if asked.verify:
+        verify(source, names, asked, world)
+    distributed.stop()
+    print("\n".join(["", "a TOML that starts from it says", "", *toml_of(source.architecture, asked)]))
+
+
+def open_source(folder: Path) -> Source:
+    """What the folder holds, by its files; every tensor that a Llama needs is there in the right shape, or ValueError."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    if (folder / "config.json").exists():
+        source = open_hugging_face(folder)
+    elif (folder / "params.json").exists():
+        source = open_meta(folder)
+    else:
+        raise ValueError(
+            f"{folder} has neither config.json (Hugging Face) nor params.json (Meta); it holds "
+            f"{', '.join(sorted(path.name for path in folder.iterdir())[:10]) or 'nothing'}"
+        )
+    numbers = ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(source.architecture).items())
+    print(f"{folder}: Llama weights of {source.kind}\n{numbers}")
+    return source
+
+
+def open_hugging_face(folder: Path) -> Source:
+    config = bridge.read_json(folder / "config.json")
+    architecture = llama3.Architecture(**convert.numbers_of_hf(config))
+    files = weight_files.open_safetensors(folder)
+    there = {convert.hf_name(name): name for name in bridge.shapes_of("llama3", architecture)}
+    found = {name: entry for name, entry in files.tensors.items() if not convert.HF_IGNORED.fullmatch(name)}
+    head = found.get("lm_head.weight")
+    if architecture.tie_embeddings and head is not None:
+        if not torch.equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
+            raise ValueError(f"{folder / 'config.json'} says tie_word_embeddings, but lm_head differs from the embedding")
+        del found["lm_head.weight"]
+    entries = {there.get(name, name): entry for name, entry in found.items()}
+
+    def read(name: str) -> torch.Tensor:
+        return convert.from_hf(name, files.read(convert.hf_name(name)), architecture.head_dim)
+
+    return Source(
+        kind="Hugging Face",
+        architecture=architecture,
+        entries=in_our_order(folder, entries, architecture),
+        read=read,
+        config=config,
+    )
+
+
+def open_meta(folder: Path) -> Source:
+    config = bridge.read_json(folder / "params.json")
+    shards = weight_files.open_meta(folder, lambda name: None)
+    shapes = {name: entry.pieces[0].shape for name, entry in shards.tensors.items()}  # of a shard, which tells how it was cut
+    files = weight_files.open_meta(folder, lambda name: convert.meta_split_dim(name, shapes[name], config.get("dim")))
+    if "tok_embeddings.weight" not in files.tensors:
+        raise ValueError(f"{folder} holds no tok_embeddings.weight; these are not Meta's Llama weights")
+    vocab_size = files.tensors["tok_embeddings.weight"].shape[0]
+    architecture = llama3.Architecture(**convert.numbers_of_params(config, vocab_size))
+    return Source(
+        kind="Meta",
+        architecture=architecture,
+        entries=in_our_order(folder, files.tensors, architecture),
+        read=files.read,
+        config=config,
+    )
+
+
+def in_our_order(folder: Path, entries: dict, architecture) -> dict:
+    wanted = bridge.shapes_of("llama3", architecture)
+    bridge.check_shapes(folder, {name: entry.shape for name, entry in entries.items()}, wanted)
+    return {name: entries[name] for name in wanted}
+
+
+def write(source: Source, names: list[str], asked, world):
+    layout = {
+        f"model.{name}": torch.empty(source.entries[name].shape, dtype=stored_dtype(source, name, asked), device="meta")
+        for name in names
+    }
+    size = sum(tensor.nbytes for tensor in layout.values())
+    flavor, overrides = nearest_flavor(source.architecture, asked.vocab)
+    documents = {
+        "model.json": {
+            "family": "llama3",
+            "flavor": "custom" if overrides else flavor,
+            "architecture": dataclasses.asdict(source.architecture),
+        },
+        "converted.json": {"from": source.kind, "vocab": asked.vocab, "config": source.config},
+    }
+    started = time.monotonic()
+    with bridge.progress(size, "converting") as advance:
+
+        def read(stored: str) -> torch.Tensor:
+            tensor = source.read(stored.removeprefix("model.")).to(layout[stored].dtype)
+            advance(tensor.nbytes)
+            return tensor
+
+        checkpoint.write_weights(asked.output_dir, layout, documents, read=read, world=world)
+    seconds = time.monotonic() - started
+    print(f"{asked.output_dir}: {len(names)} tensors, {size / 1e9:.2f} GB in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s")
+
+
+def stored_dtype(source: Source, name: str, asked) -> torch.dtype:
+    return bridge.DTYPES[asked.dtype] if asked.dtype else source.entries[name].dtype
+
+
+def verify(source: Source, names: list[str], asked, world):
+    """Read the folder again: the input's numbers to the last bit, and where transformers can tell, its logits too."""
+    result = checkpoint.open_weights(asked.output_dir, world=world)
+    for name in names:
+        wanted = source.read(name).to(stored_dtype(source, name, asked))
+        if not torch.equal(result.read(name), wanted):
+            raise ValueError(f"{asked.output_dir}: {name} is not what {asked.input_dir} holds; delete the folder and try again")
+    print(f"verified: {len(names)} tensors are the input's to the last bit" + (f", as {asked.dtype}" if asked.dtype else ""))
+    if is_for_transformers(source, asked):
+        here = agreement.ours("llama3", source.architecture, result.read)
+        lines = agreement.check(here, agreement.of_transformers(asked.input_dir), source.architecture.vocab_size)
+        print(*(f"verified against transformers: {line}" for line in lines), sep="\n")
+
+
+def is_for_transformers(source: Source, asked) -> bool:
+    """Whether transformers can make logits of the very numbers that are stored."""
+    return asked.vocab == "keep" and source.kind == "Hugging Face" and not asked.dtype
+
+
+def nearest_flavor(architecture, vocab: str) -> tuple[str, dict]:
+    """The flavor that says most of an architecture, and the overrides that say the rest."""
+    differing = {}
+    for flavor, numbers in llama3.FLAVORS.items():
+        differing[flavor] = {
+            field.name: getattr(architecture, field.name)
+            for field in dataclasses.fields(architecture)
+            if getattr(architecture, field.name) != getattr(numbers, field.name)
+            and (vocab == "keep" or field.name not in ("vocab_size", "tie_embeddings"))
+        }
+    flavor = min(differing, key=lambda name: len(differing[name]))
+    return flavor, differing[flavor]
+
+
+def toml_of(architecture, asked) -> list[str]:
+    flavor, overrides = nearest_flavor(architecture, asked.vocab)
+    lines = ["[model]", f'flavor = "{flavor}"']
+    if overrides:
+        lines += ["", "[model.overrides]", *(f"{key} = {json.dumps(value)}" for key, value in overrides.items())]
+    lines += ["", "[checkpoint]", f"init_from = {json.dumps(str(asked.output_dir))}"]
+    if asked.vocab == "new":
+        lines.append(f"init_allow_missing = {json.dumps(list(convert.OF_THE_VOCABULARY))}")
+    return lines
+
+
+if __name__ == "__main__":
+    ASKED = parse(sys.argv[1:])
+    sys.exit(bridge.run(lambda: main(ASKED)))
