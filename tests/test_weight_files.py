@@ -141,9 +141,10 @@ DAMAGED = {
     "dtype of no text": (raw({"w": claim(["F32"])}, bytes(8)), "w has dtype ['F32']"),
     "negative shape": (raw({"w": claim(shape=(-1, -2))}, bytes(8)), "w has shape [-1, -2] and data_offsets [0, 8]"),
     "truth as a size": (raw({"w": claim(shape=(True, 2))}, bytes(8)), "w has shape [True, 2]"),
-    "three offsets": (raw({"w": claim(offsets=(0, 8, 8))}, bytes(8)), "data_offsets [0, 8, 8], which are not counts"),
+    "three offsets": (raw({"w": claim(offsets=(0, 8, 8))}, bytes(8)), "data_offsets [0, 8, 8], as no tensor has"),
+    "empty and endless": (raw({"w": claim(shape=(0, 2**62, 2), offsets=(0, 0))}), ", as no tensor has"),
     "too few bytes": (raw({"w": claim(shape=(3,))}, bytes(8)), "w has 8 bytes; shape [3] of torch.float32 has 12"),
-    "offsets backwards": (raw({"w": claim(offsets=(0, -8))}, bytes(8)), "data_offsets [0, -8], which are not counts"),
+    "offsets backwards": (raw({"w": claim(offsets=(0, -8))}, bytes(8)), "data_offsets [0, -8], as no tensor has"),
     "a gap": (
         raw({"v": claim(), "w": claim(offsets=(9, 17))}, bytes(17)),
         "w begins at byte 9 of the data; what is before it ends at 8",

@@ -141,7 +141,7 @@ def write_pth(
 ) -> dict:
     """Write {name: tensor} for torch.load, weights_only and mmap if you like: {"bytes", "sha256"}, all on disk.
 
-    entries, read, progress: see write_safetensors. Each record has its CRC-32, which torch.load without mmap and unzip check.
+    entries, read, progress: see write_safetensors. Each record has its CRC-32 for unzip to check; torch does not.
     """
     with HashedFile(Path(path), lag_bytes=largest_tensor_bytes(entries)) as out:
         # To a file that cannot seek, zipfile writes sizes and CRCs behind the bytes and never goes back: the hash holds.

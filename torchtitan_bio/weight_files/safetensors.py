@@ -107,8 +107,8 @@ def entry_of(path: Path, name: str, claim: dict, start: int, expected: int) -> E
     dtype, shape, offsets = DTYPES.get(str(claim.get("dtype"))), claim.get("shape"), claim["data_offsets"]
     if dtype is None:
         raise ValueError(f"{path}: {name} has dtype {claim.get('dtype')!r}; those that can be read are {', '.join(DTYPES)}")
-    if not are_counts(shape) or not are_counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"{path}: {name} has shape {shape!r} and data_offsets {offsets!r}, which are not counts: {DOWNLOAD}")
+    if not are_counts(shape) or not are_counts(offsets) or len(offsets) != 2 or math.prod(n or 1 for n in shape) >= 2**63:
+        raise ValueError(f"{path}: {name} has shape {shape!r} and data_offsets {offsets!r}, as no tensor has: {DOWNLOAD}")
     begin, end = offsets
     if begin != expected:
         raise ValueError(f"{path}: {name} begins at byte {begin} of the data; what is before it ends at {expected}: {DOWNLOAD}")

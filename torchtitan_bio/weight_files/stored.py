@@ -85,8 +85,8 @@ class WeightFiles:
 def allocate(num_bytes: int) -> torch.Tensor:
     """New memory as a tensor of bytes, which goes back to the system with the tensor.
 
-    The C library would keep freed blocks of up to 32 MB and break them up: ten times the largest tensor after twenty of them. And
-    reading into fresh pages of 4 KB runs at a third of the speed of reading into huge ones (1.3 and 4 GB/s of processor time).
+    The C library keeps freed blocks of up to 32 MB and breaks them up: ten tensors' worth after twenty of 10 MB. And reading
+    into fresh pages of 4 KB runs at a third of the speed of reading into huge ones (1.3 and 4 GB/s of processor time).
     """
     if num_bytes < HUGE_PAGE_BYTES:
         return torch.empty(num_bytes, dtype=torch.uint8)
