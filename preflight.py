@@ -3,7 +3,7 @@
 WORLD_SIZE=8 python preflight.py --job.config_file train_configs/primate_8B.toml
 
 No process group, no network, no memory taken. train.sh asks this before torchrun, train.py and plan.py ask it themselves.
-Exit status: 0 it can start, 2 something is to be mended.
+Exit status: 0 it can start, and the one line on stdout is its run folder; 2 something is to be mended.
 """
 
 import sys
@@ -42,6 +42,7 @@ def main(loaded: config_loader.Loaded):
     # Where a job is submitted there may be no accelerator, or another: each rank asks again for its own.
     if device.type == "cuda" and int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) == 1:
         refuse_too_large(config, job_of(config, architecture, size, device), device)
+    print(config_loader.run_folder(config))
 
 
 def check(config: Config, world_size: int, origin: dict[str, str] | None = None):

@@ -25,10 +25,10 @@ import torch
 
 import preflight
 from torchtitan_bio import (
+    attempt,
     attention,
     checkpoint,
     context_parallel,
-    costs,
     data,
     distributed,
     exits,
@@ -39,6 +39,8 @@ from torchtitan_bio import (
     profiling,
     recompute,
     resume,
+    stop,
+    work,
 )
 from torchtitan_bio.config import Config, ConfigError
 from torchtitan_bio.data import loader
@@ -47,115 +49,144 @@ from torchtitan_bio.data import loader
 def main(loaded: config_loader.Loaded):
     """One run, from its configuration to its last checkpoint and score."""
     config, training = loaded.config, loaded.config.training
+    folder = config_loader.run_folder(config)
+    stops = stop.Stops(folder, config.job.max_wall_s)  # from here on a signal is a wish
     size, device = int(os.environ.get("WORLD_SIZE", 1)), distributed.own_device()
     architecture, global_batch_size = preflight.check(config, size, loaded.origin)
     job = preflight.job_of(config, architecture, size, device)
     too_large = preflight.refuse_too_large(config, job, device)
-    world = distributed.start(
-        shard_degree=config.parallelism.data_parallel_shard_degree,
-        replicate_degree=config.parallelism.data_parallel_replicate_degree,
-        context_degree=config.parallelism.context_parallel_degree,
-        init_timeout_s=config.comm.init_timeout_seconds,
-    )
+    world = join(config, folder)
     say = print_on_rank_0(world)
-    folder = config_loader.run_folder(config)
     say(f"{config.job.description or folder.name}: {world.size} rank(s) on {metrics.device_name(world.device)}")
     for warning in [*loaded.warnings, *too_large]:
         say(f"warning: {warning}")
 
     with exits.blaming_the_input():
-        train_data, held_out = build_data(config, architecture, world, say)
-        with world.together("building the model"):
-            built = build_model(config, architecture, job, world, say)
-            model = built.model
-            adamw = optimizer.build(model, **asdict(config.optimizer))
-        checkpoints = checkpoint.Checkpointer(
-            folder / "checkpoint",
-            world=world,
-            keep_latest_k=config.checkpoint.keep_latest_k,
-            asynchronous=config.checkpoint.async_mode == "async",
-            say=say,
-        )
-        identity = {"family": config.model.name, "flavor": config.model.flavor, "architecture": asdict(architecture)}
-        state_of_run = partial(
-            resume.train_state,
-            global_batch_size=global_batch_size,
-            seq_len=training.seq_len,
-            fingerprint=train_data.fingerprint,
-            config=asdict(config),
-        )
-        step, skipped_in_a_row = restore(config, checkpoints, model, adamw, identity, state_of_run, world, say)
-        with world.together(f"writing into {folder}"):
-            log = open_run_folder(folder, config, world, step, global_batch_size, say)
-    batches = read_from(step, train_data, config, global_batch_size, world)
-    if step == training.steps:
-        say(f"{folder} is finished: all {step} steps are done")
-    else:
-        log.start(step, ranks=world.size, torch=torch.__version__, attention=built.kernel.record)
-    # A finished run may have been trained without validation, or have lost its metrics; its ladder needs the last score.
-    is_known = held_out is not None and log.has_validation(step, resume.sha256(held_out.fingerprint))
-    if step in (0, training.steps) and not world.exchange(is_known)[0]:
-        score(step, config, model, held_out, world, log)
-    gc.collect()
-    gc.disable()  # collected below, on all ranks at once: one rank that pauses stalls the others
-    with profiling.trace(folder / "profile", rank=world.rank, start_step=step, **asdict(config.profiling)) as profiler:
-        while step < training.steps:
-            log.start_step()
-            microbatches = next(batches)
-            log.data_ready()
-            lr = config.optimizer.lr * optimizer.lr_factor(step, steps=training.steps, **asdict(config.lr_scheduler))
-            optimizer.set_lr(adamw, lr)
-            method = config.parallelism.context_parallel_method
-            loss, grad_norm, taken = train_step(model, adamw, microbatches, world, training.max_norm, method)
-            step += 1
-            moved_bytes = sum(host.moved_bytes for host in built.host_memories) if built.host_memories else None
-            work = count_work(config.model.name, architecture, job, microbatches, world)
-            log.train(step, loss, grad_norm, lr, **work, moved_bytes=moved_bytes, skipped=not taken)
-            skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
-            if not taken:
-                report_skip(step, loss, grad_norm, microbatches, train_data, world, say)
-            if skipped_in_a_row > training.max_skipped_steps:
-                checkpoints.wait()
-                raise FloatingPointError(
-                    f"{skipped_in_a_row} steps in a row were skipped; training.max_skipped_steps={training.max_skipped_steps}"
-                )
-            if log.steps_here == 1:
-                say(metrics.peak_memory_line(world.device, predict_peak(job, is_first=step == 1)))
-                distributed.set_timeout(world, config.comm.train_timeout_seconds)
-            if step % training.gc_freq == 0:
-                gc.collect()
-            profiler.step()
-            if step == training.steps or step % config.validation.freq == 0:
-                score(step, config, model, held_out, world, log)
-            if config.checkpoint.enable and (step == training.steps or step % config.checkpoint.interval == 0):
-                state = state_of_run(step, skipped_in_a_row=skipped_in_a_row)
-                checkpoints.save(step, model, adamw, train_state=state, model_json=identity)
-    gc.enable()
-    checkpoints.wait()
-    log.close()
-    if config.validation.enable and config.validation.baselines and world.rank == 0:
-        named(train_data.ladder)(folder / "ladder.json", train_data, held_out, log.last_validation)
-    say(f"run folder: {folder}")
-    distributed.stop()
+        waits_s, stale_s = config.comm.init_timeout_seconds, 2 * config.comm.train_timeout_seconds
+        this = attempt.begin(folder, world, limit_s=waits_s, stale_s=stale_s, say=say)
+    with this:
+        enter = this.watch.enter
+        enter("reading the data", patient=True)
+        with exits.blaming_the_input():
+            train_data, held_out = build_data(config, architecture, world, say)
+        if stops.poll(world):  # making an index can take an hour
+            return this.leave(None, stops.why, is_saved=config.checkpoint.enable)
+        enter("building the model")
+        with exits.blaming_the_input():
+            with world.together("building the model"):
+                built = build_model(config, architecture, job, world, say)
+                model = built.model
+                adamw = optimizer.build(model, **asdict(config.optimizer))
+            documents = {"data.json": {"train": train_data.summary(), "held_out": held_out.summary() if held_out else None}}
+            identity = {"family": config.model.name, "flavor": config.model.flavor, "architecture": asdict(architecture)}
+            state_of_run = partial(
+                resume.train_state,
+                global_batch_size=global_batch_size,
+                seq_len=training.seq_len,
+                fingerprint=train_data.fingerprint,
+                config=asdict(config),
+            )
+            enter("loading a checkpoint", patient=True)
+            checkpoints = open_checkpoints(config, folder, world, say)
+            step, skipped_in_a_row = restore(config, checkpoints, model, adamw, identity, state_of_run, world, say)
+            with world.together(f"writing into {folder}"):
+                log = open_run_folder(folder, config, world, step, global_batch_size, say)
+        batches = read_from(step, train_data, config, global_batch_size, world)
+        if step == training.steps:
+            say(f"{folder} is finished: all {step} steps are done")
+        else:
+            this.runs(step)
+            log.start(step, ranks=world.size, torch=torch.__version__, attention=built.kernel.record, attempt=attempt.number())
+        # The score may be missing: of a run trained without validation, of one that was told to stop while it validated.
+        is_known = held_out is not None and log.has_validation(step, resume.sha256(held_out.fingerprint))
+        if (step == training.steps or step % config.validation.freq == 0) and not world.exchange(is_known)[0]:
+            score(step, config, model, held_out, world, log, this, stops)
+        stops.poll(world)
+        gc.collect()
+        gc.disable()  # collected below, on all ranks at once: one rank that pauses stalls the others
+        with profiling.trace(folder / "profile", rank=world.rank, start_step=step, **asdict(config.profiling)) as profiler:
+            while step < training.steps and not stops.why:
+                enter("data", step + 1)
+                log.start_step()
+                microbatches = next(batches)
+                log.data_ready()
+                lr = config.optimizer.lr * optimizer.lr_factor(step, steps=training.steps, **asdict(config.lr_scheduler))
+                optimizer.set_lr(adamw, lr)
+                method = config.parallelism.context_parallel_method
+                loss, grad_norm, taken = train_step(model, adamw, microbatches, world, training.max_norm, method, enter)
+                step += 1
+                totals = world.sum(work.count(config.model.name, architecture, job, microbatches, world) | stops.wishes())
+                stops.hear(totals)  # the same on all ranks: they leave together
+                moved_bytes = sum(host.moved_bytes for host in built.host_memories) if built.host_memories else None
+                log.train(step, loss, grad_norm, lr, **work.mean(totals, world), moved_bytes=moved_bytes, skipped=not taken)
+                skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
+                if not taken:
+                    report_skip(step, loss, grad_norm, microbatches, train_data, world, say)
+                if skipped_in_a_row > training.max_skipped_steps:
+                    checkpoints.wait()
+                    raise FloatingPointError(f"{skipped_in_a_row} steps in a row were skipped; {training.max_skipped_steps=}")
+                if log.steps_here == 1:
+                    say(metrics.peak_memory_line(world.device, work.predict_peak(job, is_first=step == 1)))
+                    distributed.set_timeout(world, config.comm.train_timeout_seconds)
+                    this.watch.limit_s = config.comm.train_timeout_seconds
+                if step % training.gc_freq == 0:
+                    gc.collect()
+                profiler.step()
+                is_done = step == training.steps
+                if not stops.why and (is_done or step % config.validation.freq == 0):
+                    score(step, config, model, held_out, world, log, this, stops)
+                is_last = is_done or stops.why is not None  # of this start: its save must succeed
+                if config.checkpoint.enable and (is_last or step % config.checkpoint.interval == 0):
+                    enter("save", patient=True)
+                    this.check_lock()
+                    state = state_of_run(step, skipped_in_a_row=skipped_in_a_row)
+                    checkpoints.save(step, model, adamw, state, identity, documents=documents, is_last=is_last)
+                    stops.save_s = checkpoints.last_save_s
+        gc.enable()
+        enter("save", patient=True)
+        checkpoints.wait()
+        log.close()
+        if config.validation.enable and config.validation.baselines and world.rank == 0 and not stops.why:
+            this.watch.rest()
+            named(train_data.ladder)(folder / "ladder.json", train_data, held_out, log.last_validation)
+        if stops.why and not config.checkpoint.enable:
+            say("warning: checkpoint.enable=false, so nothing is saved")
+        this.leave(step, stops.why, is_saved=config.checkpoint.enable)
+
+
+def join(config: Config, folder: Path):
+    """The world of ranks, laid out as the configuration says."""
+    return distributed.start(
+        shard_degree=config.parallelism.data_parallel_shard_degree,
+        replicate_degree=config.parallelism.data_parallel_replicate_degree,
+        context_degree=config.parallelism.context_parallel_degree,
+        init_timeout_s=config.comm.init_timeout_seconds,
+        flight_folder=folder / "stacks",
+    )
 
 
 def train_step(
-    model, adamw, microbatches, world, max_norm: float, context_method: str = "ulysses"
+    model, adamw, microbatches, world, max_norm: float, context_method: str = "ulysses", enter=lambda phase: None
 ) -> tuple[float, float, bool]:
     """One optimizer step: the loss, the gradient's norm, and whether the step was taken.
 
     Ranks hold uneven numbers of targets, so a mean of means would be wrong: sums are divided by counts over all ranks and
     microbatches. A loss or gradient that is not finite is seen by all ranks alike, and all leave their weights as they are.
+    enter: is told each phase.
     """
+    enter("forward")
     counts = world.sum_of_data(add_counts(microbatches))
     adamw.zero_grad()
     total = torch.zeros((), device=world.device)
     for number, batch in enumerate(microbatches, start=1):
+        enter("forward")
         model.set_requires_all_reduce(number == len(microbatches))  # replicas meet once a step
         sums = model(to_device(batch.inputs, world, context_method))
         loss = sum(term_sum / max(counts[term], 1) for term, term_sum in sums.items())
+        enter("backward")
         (loss * world.size).backward()  # FSDP averages gradients over the ranks: undo it
         total += loss.detach()
+    enter("optimizer")
     grad_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_norm)
     if hasattr(grad_norm, "full_tensor"):
         grad_norm = grad_norm.full_tensor()
@@ -168,14 +199,28 @@ def train_step(
 
 @torch.no_grad()
 def validate(
-    model, dataset, world, scores, *, local_batch_size: int, max_windows: int | str = "all", context_method: str = "ulysses"
-) -> dict:
-    """What `scores` makes of the exact finite set, or of a fixed subset of it: the same on any number of ranks."""
+    model,
+    dataset,
+    world,
+    scores,
+    *,
+    local_batch_size: int,
+    max_windows: int | str = "all",
+    context_method: str = "ulysses",
+    is_to_stop=lambda: False,
+) -> dict | None:
+    """What `scores` makes of the exact finite set, or of a fixed subset of it: the same on any number of ranks.
+
+    None once is_to_stop(), asked of all ranks together before each batch, says so.
+    """
     subset = None if max_windows == "all" else loader.subset(len(dataset), max_windows)
     model.eval()
     for batch in loader.finite(
         dataset, local_batch_size=local_batch_size, rank=world.data_rank, world_size=world.data_size, subset=subset
     ):
+        if is_to_stop():
+            model.train()
+            return None
         logits = model.logits(to_device(batch.inputs, world, context_method))
         if world.context_size > 1:
             logits = context_parallel.gather_sequence(logits, world.sequence["context"].get_group(), context_method)
@@ -196,12 +241,13 @@ def add_counts(microbatches) -> dict[str, int]:
 def to_device(inputs: dict, world, context_method: str) -> dict:
     """This rank's part of the tensors, on its device.
 
-    Document boundaries stay on the CPU, where choosing a kernel reads them without waiting.
+    Document boundaries stay on the CPU, where choosing a kernel reads them without waiting; as an array, since FSDP would move
+    any tensor that it finds among the inputs.
     """
     if world.context_size > 1:
         inputs = context_parallel.shard(inputs, world.context_rank, world.context_size, context_method)
     return {
-        name: value if value is None or name == "cu_seqlens" else value.to(world.device, non_blocking=True)
+        name: value if value is None else value.numpy() if name == "cu_seqlens" else value.to(world.device, non_blocking=True)
         for name, value in inputs.items()
     }
 
@@ -264,6 +310,11 @@ def build_data(config: Config, architecture, world, say):
     if train_data.vocab_size > architecture.vocab_size:
         raise ConfigError(
             f"model.overrides.vocab_size={architecture.vocab_size} is smaller than the data's, {train_data.vocab_size}"
+        )
+    if len(train_data) < world.data_size:
+        raise ConfigError(
+            f"{config.data.source} has {len(train_data)} training windows of training.seq_len={config.training.seq_len} for "
+            f"{world.data_size} ranks; take fewer ranks, a shorter seq_len or more data"
         )
     for line in train_data.report():
         say(line)
@@ -342,6 +393,17 @@ def build_model(config: Config, architecture, job, world, say) -> Built:
     return Built(model, kernel, [host for host in (inputs_on_host, kept and kept.host) if host])
 
 
+def open_checkpoints(config: Config, folder: Path, world, say) -> checkpoint.Checkpointer:
+    return checkpoint.Checkpointer(
+        folder / "checkpoint",
+        world=world,
+        keep_latest_k=config.checkpoint.keep_latest_k,
+        asynchronous=config.checkpoint.async_mode == "async",
+        on_error=config.checkpoint.on_save_error,
+        say=say,
+    )
+
+
 def restore(config, checkpoints, model, adamw, identity, state_of_run, world, say) -> tuple[int, int]:
     """(the step to go on from, steps skipped in a row until there): of the newest valid checkpoint, or of fresh weights."""
     section, training = config.checkpoint, config.training
@@ -371,12 +433,17 @@ def restore(config, checkpoints, model, adamw, identity, state_of_run, world, sa
     return 0, 0
 
 
-def score(step: int, config: Config, model, held_out, world, log):
-    """Validate, where that is asked for, and write it down."""
+def score(step: int, config: Config, model, held_out, world, log, this: attempt.Attempt, stops: stop.Stops):
+    """Validate, where that is asked for, and write it down. Half a score is none: a run that is told to stop leaves it out."""
     if held_out is None:
         return
     section = config.validation
     size = config.training.local_batch_size if section.local_batch_size == "auto" else section.local_batch_size
+
+    def is_to_stop() -> bool:
+        this.watch.enter("validation", step)
+        return stops.poll(world)
+
     started = time.perf_counter()
     scorer = named(held_out.scorer)(held_out)
     scores = validate(
@@ -387,41 +454,15 @@ def score(step: int, config: Config, model, held_out, world, log):
         local_batch_size=size,
         max_windows=section.max_windows,
         context_method=config.parallelism.context_parallel_method,
+        is_to_stop=is_to_stop,
     )
+    if scores is None:
+        return
     is_whole = section.max_windows == "all" or section.max_windows >= len(held_out)
     subset = "all" if is_whole else f"{section.max_windows} of {len(held_out)} windows, by hash"
     seconds = time.perf_counter() - started
     scores |= {"subset": subset, "held_out": resume.sha256(held_out.fingerprint), "seconds": seconds}
     log.validation(step, scores, headline=held_out.headline)
-
-
-def count_work(family: str, architecture, job, microbatches, world) -> dict[str, float]:
-    """What a step asks of a rank on average: each document costs what its own length costs."""
-    per_token = importlib.import_module(models.FAMILIES[family]).flops_per_token
-    lengths = []
-    for batch in microbatches:
-        num_rows, seq_len = batch.inputs["tokens"].shape
-        bounds = batch.inputs["cu_seqlens"]
-        lengths += [seq_len] * num_rows if bounds is None else bounds.diff().tolist()
-    flops = sum(length * per_token(architecture, length) for length in lengths) / world.context_size
-    if job is None:
-        return {"flops": world.sum({"flops": flops})["flops"] / world.size}
-    mean = costs.mean_length(lengths)
-    performed, of_attention = flops * costs.hfu_factor(job, mean), flops * costs.attention_share(job, mean)
-    total = world.sum({"flops": flops, "performed": performed, "of_attention": of_attention})
-    return {
-        "flops": total["flops"] / world.size,
-        "hfu_factor": total["performed"] / total["flops"],
-        "attention_share": total["of_attention"] / total["flops"],
-    }
-
-
-def predict_peak(job, *, is_first: bool) -> float | None:
-    """Bytes of tensors in one step; a run's very first knows no moments of AdamW while memory is at its fullest."""
-    if job is None:
-        return None
-    missing = costs.states(job)["optimizer"] if is_first and not job.offload_states else 0
-    return costs.peak(job).bytes - missing
 
 
 def report_skip(step, loss, grad_norm, microbatches, train_data, world, say):

@@ -4,13 +4,17 @@
 #   ./train.sh                                                     the quickstart, train_configs/quickstart.toml
 #   ./train.sh train_configs/debug.toml --training.steps 20        a config, and settings that differ from it
 #   ./train.sh --help                                              every setting with its default
-#   sbatch --nodes=16 --gpus-per-node=8 train.sh train_configs/primate_8B.toml    (submitted from this folder)
+#   sbatch --nodes=16 --gpus-per-node=8 --signal=B:USR1@300 --requeue --open-mode=append train.sh train_configs/primate_8B.toml
 #
 # The run takes place in the Python that is active, if that has torch, numpy and pyarrow. Otherwise in .venv, which is made on first
 # use with the versions of constraints.txt. A torch that is installed is never replaced. Then torchrun starts train.py, one process
 # per GPU or one on the CPU; in a SLURM job of several nodes srun starts one torchrun a node, and they meet on the first host, at a
 # port made from the job id. A process that is alone needs no torchrun, unless TORCHRUN_ARGS ask for it: its errors and its exit code
-# are then its own. Paths are read from where you stand.
+# are then its own. Paths are read from where you stand: submit from this folder.
+#
+# A SLURM job that must leave (SIGUSR1 or SIGTERM to this script, a file STOP in the run folder, the time limit) saves and is requeued;
+# one that failed is not. Then the exit code is 0 if the run folder's exit.json says finished or preempted, whatever torchrun makes of
+# it. docs/slurm.md has the rest, and examples for three kinds of cluster.
 #
 # What a site needs is said by environment variables, each of them optional:
 #   PYTHON           the Python that is looked at first, and from which .venv is made. Default: python3
@@ -19,16 +23,19 @@
 #   OMP_NUM_THREADS  CPU threads of each process. Default: its share of the node's cores; for one process, torch's own choice
 #   TORCHRUN_ARGS    further arguments of torchrun, split at spaces: "--max-restarts 3 --log-dir logs"
 #   SRUN_ARGS        further arguments of srun, split at spaces: "--mpi=none --network=single_node_vni"
+#   TASKS_PER_NODE   in a SLURM job: srun starts so many processes a node itself, without torchrun, and SRUN_ARGS can give each its own
+#                    GPU and cores: "--gpus-per-task=1 --gpu-bind=closest --cpus-per-task=7"
 # pip reads its own: PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU builds spares a machine without GPU several GB.
 
 set -euo pipefail
 set -f # TORCHRUN_ARGS and SRUN_ARGS are split at spaces, but no * in them is a file name
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# sbatch runs a copy of this file from its spool folder.
-if [[ ! -f $here/train.py && -n ${SLURM_SUBMIT_DIR:-} ]]; then here=$SLURM_SUBMIT_DIR; fi
+name=${0##*/}
+# sbatch runs a copy of this file from its spool folder, under another name.
+if [[ ! -f $here/train.py && -n ${SLURM_SUBMIT_DIR:-} ]]; then here=$SLURM_SUBMIT_DIR name=train.sh; fi
 
-say() { echo "${0##*/}: $*" >&2; }
+say() { echo "$name: $*" >&2; }
 
 stop() {
     say "$@"
@@ -98,59 +105,164 @@ find_python() {
     if [[ -n $missing ]]; then stop "$venv still lacks $missing; delete it, or set VENV to another folder, and start again"; fi
 }
 
+run_folder="" # where train.py writes, once preflight.py has said so
+signalled=""
+
+# The trap of a SLURM job. train.py saves and leaves when it finds STOP; torchrun or srun would soon end ranks that are saving.
+ask_to_stop() {
+    signalled=yes
+    if [[ -n $run_folder ]] && ! { mkdir -p "$run_folder" && touch "$run_folder/STOP"; }; then
+        say "a signal came, but nobody will see it"
+    fi
+}
+
+# What exit.json of the run folder says, its reason first: "preempted, step 500, why STOP". "none" if there is none to read.
+read_exit() {
+    "$python" -c '
+import json, sys
+try:
+    with open(sys.argv[1]) as file:
+        told = json.load(file)
+    print(told["reason"], *(f"{key} {told[key]}" for key in ("step", "why", "crash_loop") if key in told), sep=", ")
+except (OSError, ValueError, KeyError, TypeError):
+    print("none")' "$run_folder/exit.json"
+}
+
+# run_in_job COMMAND...: see it to its end, requeue the SLURM job if the run was preempted, and exit.
+run_in_job() {
+    local job=$SLURM_JOB_ID told code
+    # The last element of an array has the array's own number, by which scontrol would requeue all of them.
+    if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+    say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) of job $job on ${SLURM_JOB_NUM_NODES:-1} node(s)"
+    # What an earlier attempt left must not speak for this one; its failure stays, because train.py looks for the same one again.
+    told=$(read_exit)
+    case $told in finished* | preempted*) rm -f "$run_folder/exit.json" ;; esac
+    rm -f "$run_folder/STOP"
+    if [[ -n $signalled ]]; then ask_to_stop; fi # it came while the run was being prepared
+
+    # In the background, because bash runs a trap only between commands. A command there is deaf to Ctrl-C unless it is told not to
+    # be; this script hears it too, and waits for the end that it makes.
+    (
+        trap - INT
+        exec "$@"
+    ) &
+    trap 'signalled=yes' INT
+    signalled=yes
+    # A signal ends `wait` too. Of a run that ends at that very moment bash 5.2 forgets the exit code: it is -1 then, no less a failure.
+    while [[ -n $signalled ]]; do
+        signalled=""
+        wait $! && code=0 || code=$?
+    done
+    trap '' USR1 TERM # a job that is requeued is ended first, this script too
+    rm -f "$run_folder/STOP"
+
+    told=$(read_exit)
+    case $told in
+        finished*) exit 0 ;;
+        preempted*) ;;
+        *)
+            say "exit code $code, exit.json: $told; job $job is not requeued"
+            exit "$code"
+            ;;
+    esac
+    # scontrol would bring back even what someone has cancelled. Such a job, and one past its time limit, is COMPLETING by now.
+    if [[ $(scontrol show job "$job" 2>&1) =~ JobState=(COMPLETING|CANCELLED) ]]; then
+        say "$told; Slurm is ending job $job, which is not requeued: the same command goes on"
+    else
+        say "$told; requeueing job $job"
+        scontrol requeue "$job" || say "job $job is not requeued: the same command goes on"
+    fi
+    exit 0
+}
+
+# as_tasks, with_torchrun: turn main's $command into that of $nproc processes on each of $nodes nodes.
+as_tasks() {
+    export WORLD_SIZE=$((nodes * nproc)) LOCAL_WORLD_SIZE=$nproc MASTER_ADDR=$host MASTER_PORT=$port
+    # shellcheck disable=SC2016 # each task has its own numbers
+    command=(srun --nodes="$nodes" --ntasks="$WORLD_SIZE" --ntasks-per-node="$nproc" --kill-on-bad-exit=1 ${SRUN_ARGS:-} bash -c
+        'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} exec "$@"'
+        task "${command[@]}")
+}
+
+with_torchrun() {
+    # `python -m` rather than `torchrun`, which on PATH may belong to another Python.
+    local torchrun=("$python" -m torch.distributed.run --nproc-per-node="$nproc") torch
+    if ((nodes > 1)); then
+        torchrun=("${srun[@]}" --nodes="$nodes" --ntasks="$nodes" --kill-on-bad-exit=1 "${torchrun[@]}"
+            --nnodes="$nodes" --rdzv-backend=c10d --rdzv-endpoint="$host:$port" --rdzv-id="$SLURM_JOB_ID")
+        # A store that outlives a restart may tell a rank the address of one that is gone.
+        export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
+    else
+        torchrun+=(--standalone)
+    fi
+    # A signal that torchrun does not pass on kills it and leaves its workers alone; one that it does gave them 30 s to save.
+    torch=$("$python" -c 'import importlib.util; print(*importlib.util.find_spec("torch").submodule_search_locations)')
+    if grep -qs signals_to_handle "$torch/distributed/run.py"; then
+        torchrun+=("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    fi
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
+    command=("${torchrun[@]}" ${TORCHRUN_ARGS:-} "${command[@]:1}")
+}
+
 main() {
     # Some sites export these for every job; a process that is alone would wait for others.
     unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
-    local settings=("$@") argument
+    local settings=("$@") argument number
     if [[ $# -gt 0 && $1 != -* ]]; then
         settings=(--job.config_file "$@")
     elif [[ " $* " != *" --job.config_file"* ]]; then
         settings=(--job.config_file "$here/train_configs/quickstart.toml" "$@")
     fi
-    [[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || stop "NPROC=$NPROC is not a number of processes; set it to 1 or more, or unset it"
+    for number in NPROC TASKS_PER_NODE; do
+        [[ ${!number:-1} =~ ^[1-9][0-9]*$ ]] ||
+            stop "$number=${!number} is not a number of processes; set it to 1 or more, or unset it"
+    done
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then
+        trap ask_to_stop USR1 TERM
+    elif [[ -n ${TASKS_PER_NODE:-} ]]; then
+        stop "TASKS_PER_NODE=$TASKS_PER_NODE is for srun in a SLURM job; here NPROC says how many processes"
+    fi
     find_python ""
     for argument in "$@"; do
         case $argument in
             -h | --help | --print-config) exec "$python" "$here/train.py" "${settings[@]}" ;;
         esac
     done
-    local nodes=${SLURM_JOB_NUM_NODES:-1} counts nproc threads command
-    local count=("$python" -c '
+    local nodes=${SLURM_JOB_NUM_NODES:-1} counts nproc threads host port
+    local command=("$python" "$here/train.py" "${settings[@]}") count=("$python" -c '
 import os, sys
 nproc = int(sys.argv[1])
 if not nproc:
     import torch
     nproc = max(torch.cuda.device_count(), 1)
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-print(nproc, max(cores // nproc, 1))' "${NPROC:-0}")
+print(nproc, max(cores // nproc, 1))' "${TASKS_PER_NODE:-${NPROC:-0}}")
     # No binding: srun would tie the one torchrun of a node, and all it starts, to the cores of one task.
     local srun=(srun --ntasks-per-node=1 --cpu-bind=none ${SRUN_ARGS:-})
     # The node where this script runs may be a login node without a GPU (salloc): ask one that will train.
-    if ((nodes > 1)); then count=("${srun[@]}" --nodes=1 --ntasks=1 "${count[@]}"); fi
+    if ((nodes > 1)) && [[ -z ${TASKS_PER_NODE:-} ]]; then count=("${srun[@]}" --nodes=1 --ntasks=1 "${count[@]}"); fi
     counts=$("${count[@]}")
     read -r nproc threads <<<"$counts"
     # What cannot work is told once and ends with exit code 2; under torchrun the code would be 1.
-    WORLD_SIZE=$((nodes * nproc)) LOCAL_WORLD_SIZE=$nproc "$python" "$here/preflight.py" "${settings[@]}"
-    if ((nproc > 1)); then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}; fi
+    run_folder=$(WORLD_SIZE=$((nodes * nproc)) LOCAL_WORLD_SIZE=$nproc "$python" "$here/preflight.py" "${settings[@]}")
+    if ((nproc > 1)) && [[ -z ${TASKS_PER_NODE:-} ]]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}; fi
     # Threads that wait for one another by spinning lose a core to every other program: on 2 cores with one of them busy the quickstart
     # runs at 16,000 tokens/s with this and at 10,000 without; on idle cores at 31,000 and 34,000.
     export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 
-    if ((nodes * nproc == 1)) && [[ -z ${TORCHRUN_ARGS:-} ]]; then exec "$python" "$here/train.py" "${settings[@]}"; fi
-    # `python -m` rather than `torchrun`, which on PATH may belong to another Python.
-    command=("$python" -m torch.distributed.run --nproc-per-node="$nproc")
-    if ((nodes > 1)); then
-        local hosts endpoint
-        hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-        # Below 32768, where Linux begins to hand out ports by itself.
-        endpoint=${hosts%%$'\n'*}:$((10000 + SLURM_JOB_ID % 20000))
-        command=("${srun[@]}" --nodes="$nodes" --ntasks="$nodes" --kill-on-bad-exit=1 "${command[@]}"
-            --nnodes="$nodes" --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="$SLURM_JOB_ID")
-        say "$nodes nodes with $nproc process(es) each, which meet at $endpoint"
-    else
-        command+=(--standalone)
+    if ((nodes > 1)) || [[ -n ${TASKS_PER_NODE:-} ]]; then
+        host=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+        host=${host%%$'\n'*}
+        port=$((10000 + SLURM_JOB_ID % 20000)) # below 32768, where Linux begins to hand out ports by itself
+        say "$nodes node(s) with $nproc process(es) each, which meet at $host:$port"
     fi
-    exec "${command[@]}" ${TORCHRUN_ARGS:-} "$here/train.py" "${settings[@]}"
+    if [[ -n ${TASKS_PER_NODE:-} ]]; then
+        as_tasks
+    elif ((nodes * nproc > 1)) || [[ -n ${TORCHRUN_ARGS:-} ]]; then
+        with_torchrun
+    fi
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then run_in_job "${command[@]}"; fi
+    exec "${command[@]}"
 }
 
 # test.sh sources this file for find_python.

@@ -29,7 +29,7 @@ def test_ranks_agree_on_sums_messages_and_errors():
     assert first["array"] == second["array"] == [[0.2, 0.2], [0.2, 0.2]]
     messages = [{"rank": 0, "text": "", "none": None}, {"rank": 1, "text": "\u00e9" * 100, "none": None}]
     assert first["exchange"] == second["exchange"] == messages
-    assert first["error"] == "ValueError: saving failed on rank 1: disk full"
+    assert first["error"] == "FailedElsewhere: saving failed on rank 1: disk full"
     assert second["error"] == "OSError: disk full"
 
 
@@ -49,6 +49,18 @@ def timeouts(rank):
 def test_every_group_waits_as_long_as_the_config_says():
     for at_first, later in on_ranks(2, timeouts):
         assert set(at_first) == {77} and set(later) == {60}
+
+
+def test_the_flight_recorder_is_on_but_what_a_user_has_set_stays(tmp_path):
+    fresh, old_names = {}, {"TORCH_NCCL_TRACE_BUFFER_SIZE": "9", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "x"}
+    distributed.record_flights(tmp_path, fresh)
+    assert int(fresh["TORCH_FR_BUFFER_SIZE"]) > 0 and fresh["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert fresh["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/nccl-rank-"
+    again = fresh | {"TORCH_FR_BUFFER_SIZE": "7"}
+    distributed.record_flights(tmp_path / "other", again)
+    assert again == fresh | {"TORCH_FR_BUFFER_SIZE": "7"}
+    distributed.record_flights(tmp_path, old_names)
+    assert old_names.keys() == {"TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_NCCL_DUMP_ON_TIMEOUT"}
 
 
 def places(rank):

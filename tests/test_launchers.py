@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
+import preflight
+from torchtitan_bio import config_loader
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # A python3 that answers questions by a `report` beside it or, without one, as the real Python does; it "makes" environments.
@@ -33,7 +36,7 @@ case "$1 ${2-}" in
     "-m pip") record "$@"; echo "2.13.0 venv" >"$beside/report" ;;
     *) record "$@"
        case "$*" in
-           *preflight.py*) echo "for $WORLD_SIZE" >>"$CALLS.asked"; exit "${CHECK:-0}" ;;
+           *preflight.py*) echo "for $WORLD_SIZE" >>"$CALLS.asked"; echo "run folder"; exit "${CHECK:-0}" ;;
            *) exit "${FAIL:-0}" ;;
        esac ;;
 esac
@@ -139,6 +142,13 @@ def test_a_mistake_in_the_config_ends_with_code_2_before_torchrun(site):
     assert not any("torch.distributed.run" in call for call in calls)
 
 
+def test_preflight_prints_the_run_folder_and_nothing_else(capsys):
+    preflight.main(
+        config_loader.load(["--job.config_file", str(ROOT / "train_configs/debug.toml"), "--job.dump_folder", "my runs/a"])
+    )
+    assert capsys.readouterr().out == "my runs/a\n"
+
+
 def test_the_config_is_checked_for_all_processes_of_the_job(site):
     site.start("x.toml", NPROC="4", **JOB)
     assert Path(f"{site.calls}.asked").read_text().endswith("for 12\n")
@@ -170,10 +180,21 @@ def test_nproc_and_omp_num_threads_overrule_what_is_found(site):
     assert calls[-1][0].startswith("OMP=7 ")
 
 
-@pytest.mark.parametrize("nproc", ["0", "two", "-1"])
-def test_an_impossible_nproc_is_refused(site, nproc):
-    code, told, calls = site.start(NPROC=nproc)
-    assert code == 1 and f"NPROC={nproc}" in told and calls == []
+@pytest.mark.parametrize(
+    "number", ["NPROC=0", "NPROC=two", "NPROC=-1", "TASKS_PER_NODE=0", "TASKS_PER_NODE=2"], ids=lambda number: number
+)
+def test_an_impossible_number_of_processes_is_refused(site, number):
+    name, _, value = number.partition("=")
+    code, told, calls = site.start(**{name: value})  # without SLURM there is no srun for TASKS_PER_NODE
+    assert code == 1 and number in told and calls == []
+
+
+@pytest.mark.skipif("signals_to_handle" not in get_args_parser().format_help(), reason="this torchrun cannot")
+def test_torchrun_passes_sigusr1_on_where_it_can(site):
+    _, _, calls = site.start(NPROC="2")
+    assert torchrun(calls[-1]).signals_to_handle.split(",")[-1] == "SIGUSR1"
+    _, _, calls = site.start(**site.gpus(2))  # a torch without the option
+    assert not any("signals" in argument for argument in calls[-1])
 
 
 def test_torchrun_args_come_after_ours_and_before_the_script(site):

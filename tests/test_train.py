@@ -108,10 +108,10 @@ def test_the_first_20_losses_are_the_golden_ones(straight):
 
 def test_the_run_folder_holds_what_the_readme_promises(straight):
     folder, result = straight
-    assert {path.name for path in folder.iterdir()} == {"checkpoint", "metrics.jsonl", "config.toml"}
+    assert {path.name for path in folder.iterdir()} == {"checkpoint", "metrics.jsonl", "config.toml", "exit.json"}
     assert {path.name for path in (folder / "checkpoint").iterdir()} == {f"step-{step:08d}" for step in (15, 20, 24)}
     held = {path.name for path in (folder / "checkpoint" / "step-00000024").iterdir()}
-    assert held == {".metadata", "__0_0.distcp", "manifest.json", "model.json", "train_state.json"}
+    assert held == {".metadata", "__0_0.distcp", "manifest.json", "model.json", "train_state.json", "data.json"}
     assert "24/24" in result.stdout and str(folder) in result.stdout
 
 
@@ -301,6 +301,11 @@ def test_a_run_whose_loss_stays_not_finite_stops_and_leaves_its_checkpoint(tmp_p
     settings = "--training.steps 9 --optimizer.lr 1e30 --training.max_skipped_steps 2 --checkpoint.interval 1"
     result = run(tmp_path / "run", *settings.split(), "--validation.enable", "false")
     assert result.returncode == 1
+    told = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert (told["reason"], told["step"]) == ("failed", 4) and "3 steps in a row were skipped" in told["error"]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoint").iterdir()) == [
+        f"step-{step:08d}" for step in (1, 2, 3)
+    ]
     assert "3 steps in a row were skipped" in result.stderr and "skipped: loss" in result.stdout and "A2929" in result.stdout
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines if line["kind"] == "train"] == [False, True, True, True]

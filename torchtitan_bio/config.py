@@ -42,6 +42,12 @@ class Job:
     """One line about the run, printed at its start."""
     must_fit: bool = True
     """Refuse to start what, by plan.py's formulas, the device or the host cannot hold. false: warn and try."""
+    max_wall_s: float | Literal["auto"] = "auto"
+    """Seconds that this start of the run may take; it saves and leaves in time before they are over, and the same command goes
+    on. auto: until SLURM ends the job (SLURM_JOB_END_TIME), which bounds a number too; without SLURM there is no limit."""
+
+    def __post_init__(self):
+        _refuse(self, max_wall_s=(isinstance(self.max_wall_s, str) or self.max_wall_s > 0, 'must be positive, or "auto"'))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +274,9 @@ class Checkpoint:
     """Older verified checkpoints are deleted after a newer one is committed."""
     async_mode: Literal["disabled", "async"] = "disabled"
     """async writes to disk while training goes on; the save before is awaited first."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """What a save that fails does to the run, on a full disk for instance. continue: a warning, and the next interval tries
+    again; the last save of a run must succeed in any case."""
     init_from: str = ""
     """A step folder whose model weights start this run (no optimizer, no data position). Ignored once the run has checkpoints
     of its own."""
@@ -340,9 +349,10 @@ class Profiling:
 @dataclass(frozen=True, kw_only=True)
 class Comm:
     init_timeout_seconds: int = 600
-    """How long ranks wait for one another until the first step is done."""
+    """How long ranks wait for one another, and a process stays in one phase of its work, until its first step is done."""
     train_timeout_seconds: int = 300
-    """How long a collective may take after the first step."""
+    """How long a collective, or a phase such as reading data or one backward, may take after the first step. A process that
+    takes longer is ended, and its stacks are written. Reading an index and saving or loading checkpoints have an hour."""
 
     def __post_init__(self):
         _refuse(

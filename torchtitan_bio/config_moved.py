@@ -75,8 +75,8 @@ GONE = {
     "metrics.*color_printing": "the console is plain",
     "profiling.save_*_folder": "traces and snapshots lie in profile/ of the run folder, job.dump_folder",
     "validation.seq_len": "windows are scored at training.seq_len",
-    "comm.trace_buf_size": "the flight recorder is set by TORCH_NCCL_TRACE_BUFFER_SIZE",
-    "comm.save_traces_*": "the flight recorder is set by TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
+    "comm.trace_buf_size": "the flight recorder is on; TORCH_FR_BUFFER_SIZE sets its length",
+    "comm.save_traces_*": "the flight recorder writes into stacks/ of the run folder",
 }
 """Old name (a glob pattern) -> why it is not needed, or what serves instead. The first that matches is told."""
 

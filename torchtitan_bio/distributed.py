@@ -9,11 +9,17 @@ import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+
+
+class FailedElsewhere(ValueError):
+    """What failed on another rank, which keeps its own error."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class World:
             raise failure
         failed = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if report is not None]
         if failed:
-            raise ValueError(f"{what} failed on {failed[0]}")
+            raise FailedElsewhere(f"{what} failed on {failed[0]}")
 
 
 def exchange(value, group: dist.ProcessGroup | None = None) -> list:
@@ -131,20 +137,35 @@ def own_device() -> torch.device:
 
 
 def start(
-    *, shard_degree: int | str = "auto", replicate_degree: int = 1, context_degree: int = 1, init_timeout_s: float = 600
+    *,
+    shard_degree: int | str = "auto",
+    replicate_degree: int = 1,
+    context_degree: int = 1,
+    init_timeout_s: float = 600,
+    flight_folder: Path | None = None,
 ) -> World:
     """Join the process group that torchrun's environment describes (none: a world of one) and lay out the mesh.
 
-    A group that exists already is used as it is.
+    A group that exists already is used as it is. flight_folder: where NCCL's flight recorder leaves what it knows of a
+    collective that timed out.
     """
     size, device = int(os.environ.get("WORLD_SIZE", 1)), own_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        if flight_folder:
+            record_flights(flight_folder, os.environ)
     if not dist.is_initialized():
         settings = {"backend": "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"}
+        timeout = timedelta(seconds=init_timeout_s)
         if "WORLD_SIZE" not in os.environ:
             settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(timeout=timedelta(seconds=init_timeout_s), **settings)
+        elif os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            # One torchrun has one store for all its restarts, where gloo would find addresses of ranks that are dead and wait
+            # for them. Several (one a node) count restarts each for itself: train.sh has them make a new store every time.
+            store, rank, _ = next(rendezvous("env://", timeout=timeout))
+            store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            settings |= {"store": store, "rank": rank, "world_size": size}
+        dist.init_process_group(timeout=timeout, **settings)
     replicate, shard = degrees(size, shard_degree, replicate_degree, context_degree)
     world = World(
         rank=dist.get_rank(),
@@ -156,6 +177,28 @@ def start(
     )
     set_timeout(world, init_timeout_s)  # groups of a mesh are made with torch's own
     return world
+
+
+def record_flights(folder: Path, environment: dict[str, str]):
+    """Have torch keep the last collectives in memory, and write them into the folder when one times out.
+
+    Settings that a user has made in the environment stay, under their older names too.
+    """
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in environment:
+        environment.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in environment:
+        environment.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl-rank-"))  # the rank is appended
+    environment.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
+def is_of_another_rank(error: BaseException | None) -> bool:
+    """Whether an error only tells that another rank failed, went away or did not answer in time."""
+    while error is not None:
+        # What gloo says of a lost or silent peer is a plain RuntimeError that begins with a place in its sources.
+        if isinstance(error, FailedElsewhere | dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error)):
+            return True
+        error = error.__cause__
+    return False
 
 
 def set_timeout(world: World, timeout_s: float):

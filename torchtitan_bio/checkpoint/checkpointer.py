@@ -59,6 +59,7 @@ class Checkpointer:
         self._why: dict[Path, str] = {}  # of each path that this object has verified, why it was chosen
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Pending | None = None
+        self.last_save_s: float | None = None
         self._copies: dict[str, torch.Tensor] = {}  # what asynchronous saves are written from
         self._was_there = False  # the folder, when this object last used it
 
@@ -217,7 +218,7 @@ class Checkpointer:
             raise CheckpointError(f"{target} was not saved: {error} ({free} bytes free)") from error
 
     def _committed(self, path: Path, seconds: float):
-        self._was_there = True
+        self._was_there, self.last_save_s = True, seconds
         self.say(f"checkpoint: saved {path} in {seconds:.1f} s")
         if self.keep_latest_k != "all":
             self._peers.first("retention", lambda: commit.retire(self.folder, self.keep_latest_k, path, self.say))

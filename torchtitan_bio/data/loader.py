@@ -5,6 +5,7 @@ number of ranks and workers and after every resume, and the state of the data is
 """
 
 import itertools
+import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -110,6 +111,7 @@ def _read_in_workers(source, numbers, num_workers, timeout_s):
         # A fork would copy the locks of torch's, Arrow's and NCCL's threads, held or not. Workers of a forkserver
         # outlive a rank that is killed, because it is not their parent.
         multiprocessing_context="spawn",
+        worker_init_fn=_leave_group,
         # Resuming never asks the loader for its state, so it need not collect any.
         snapshot_every_n_steps=ENDLESS,
     )
@@ -134,6 +136,11 @@ def _read_in_workers(source, numbers, num_workers, timeout_s):
             yield received
     finally:
         ended.set()
+
+
+def _leave_group(worker: int):
+    """A SIGTERM that torchrun sends to a rank reaches its whole group; a worker must live until the rank has saved."""
+    os.setpgid(0, 0)
 
 
 def _receive(loader, ready, ended):

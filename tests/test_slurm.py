@@ -1,0 +1,370 @@
+"""A SLURM job under train.sh saves when it is told to leave, is requeued, and goes on as if nothing had been.
+
+sbatch, srun and scontrol are stand-ins that behave as Slurm's manual says. So is the trainer, without torch, but in slow tests.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Runs a copy of the script, again each time that scontrol has requeued it, with all its output in one file.
+SBATCH = r"""#!/usr/bin/env bash
+while [[ $1 == -* ]]; do shift; done
+cp "$1" "$CLUSTER/slurm_script"
+shift
+export SLURM_JOB_ID=${SLURM_JOB_ID:-123} SLURM_SUBMIT_DIR=$PWD
+while true; do
+    rm -f "$CLUSTER/pending"
+    bash "$CLUSTER/slurm_script" "$@" >>"$CLUSTER/log" 2>&1 &
+    echo $! >"$CLUSTER/script.pid"
+    wait $! && code=0 || code=$?
+    echo $code >>"$CLUSTER/codes"
+    if [[ ! -f $CLUSTER/pending || ${SLURM_RESTART_COUNT:-0} == 2 ]]; then exit; fi
+    export SLURM_RESTART_COUNT=$((${SLURM_RESTART_COUNT:-0} + 1))
+done
+"""
+# So many tasks as are asked for, each with its numbers; all on this machine.
+SRUN = r"""#!/usr/bin/env bash
+while [[ $1 == -* ]]; do
+    case $1 in
+        --ntasks=*) ntasks=${1#*=} ;;
+        --ntasks-per-node=*) each=${1#*=} ;;
+    esac
+    shift
+done
+code=0
+for ((i = 0; i < ntasks; i++)); do SLURM_PROCID=$i SLURM_LOCALID=$((i % each)) SLURM_CPUS_PER_TASK=7 "$@" & done
+for ((i = 0; i < ntasks; i++)); do wait -n || code=$?; done
+exit $code
+"""
+# A requeue ends the script that asks for it, as Slurm does.
+SCONTROL = r"""#!/usr/bin/env bash
+case "$1 $2" in
+    "show hostnames") echo localhost ;;
+    "show job") echo "JobId=$3 JobState=${STATE:-RUNNING} Reason=None" ;;
+    "requeue "*)
+        echo "$2" >>"$CLUSTER/requeued"
+        if [[ -n ${REFUSED:-} ]]; then echo "Requested operation is presently disabled" >&2; exit 1; fi
+        touch "$CLUSTER/pending"
+        kill -TERM $PPID ;;
+esac
+"""
+# Does in each attempt what PLAN says: wait for STOP, linger, leave an exit.json, exit with a code.
+TRAINER = r"""
+import json, os, sys, time
+from pathlib import Path
+
+folder = Path(os.environ["CLUSTER"], "run folder")
+folder.mkdir(exist_ok=True)
+plan = json.loads(os.environ["PLAN"])[int(os.environ.get("SLURM_RESTART_COUNT", 0))]
+seen = {name: os.environ.get(name) for name in plan.get("tell", [])} | {"STOP": (folder / "STOP").exists()}
+(folder / f"started-{os.environ.get('RANK', 0)}").write_text(json.dumps(seen))
+if plan.get("waits"):
+    deadline = time.monotonic() + 20
+    while not (folder / "STOP").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    (folder / "saving").touch()
+    time.sleep(plan.get("lingers", 0))
+if "exit.json" in plan:
+    (folder / "exit.json").write_text(plan["exit.json"])
+os._exit(plan["code"])
+"""
+PREFLIGHT = r"""
+import os, time
+from pathlib import Path
+
+cluster = Path(os.environ["CLUSTER"])
+(cluster / "checking").touch()
+time.sleep(float(os.environ.get("CHECK_S", 0)))
+print(cluster / "run folder")
+raise SystemExit(int(os.environ.get("CHECK", 0)))
+"""
+PREEMPTED = {"exit.json": '{"reason": "preempted", "step": 5, "why": "STOP"}', "code": 1}  # torchrun's code is no better
+FINISHED = {"exit.json": '{"reason": "finished", "step": 10}', "code": 0}
+UNTIL_STOP = PREEMPTED | {"waits": True}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A checkout and a job of it: `sbatch` starts the job, `end` waits for its last attempt."""
+
+    checkout: Path
+    state: Path
+    environment: dict
+    jobs: list
+
+    @property
+    def run_folder(self) -> Path:
+        return self.state / "run folder"
+
+    @property
+    def log(self) -> str:
+        return (self.state / "log").read_text()
+
+    @property
+    def requeued(self) -> list[str]:
+        told = self.state / "requeued"
+        return told.read_text().split() if told.exists() else []
+
+    def start(self, *command, cwd: Path | None = None, **env: str) -> subprocess.Popen:
+        """In a process group of its own, so that it shows what is left of it."""
+        job = subprocess.Popen(command, cwd=cwd or self.checkout, env=self.environment | env, start_new_session=True)
+        self.jobs.append(job)
+        return job
+
+    def sbatch(self, *plan: dict, **env: str):
+        self.start("sbatch", "--requeue", "train.sh", "x.toml", PLAN=json.dumps(plan), **env)
+
+    def wait_for(self, path: Path, what: str = ""):
+        deadline = time.monotonic() + 120
+        while not (path.exists() and what in path.read_text()):
+            assert time.monotonic() < deadline, f"{path} does not say {what!r}; the log: {self.log}"
+            time.sleep(0.02)
+
+    def signal(self, number: int):
+        """To the batch script and nothing else, as --signal=B: has it."""
+        os.kill(int((self.state / "script.pid").read_text()), number)
+
+    def end(self) -> list[int]:
+        """The exit code of each attempt; nothing of the job may still run."""
+        self.jobs[-1].wait(timeout=400)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(self.jobs[-1].pid, 0)
+        return [int(code) for code in (self.state / "codes").read_text().split()]
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    checkout, state, programs = tmp_path / "the checkout", tmp_path / "state", tmp_path / "bin"
+    for made in (checkout, state, programs):
+        made.mkdir()
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    shutil.copy(ROOT / "train.sh", checkout)
+    (checkout / "train.py").write_text(TRAINER)
+    (checkout / "preflight.py").write_text(PREFLIGHT)
+    (state / "log").touch()
+    environment = {"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(tmp_path), "CLUSTER": str(state), "NPROC": "1"}
+    cluster = Cluster(checkout, state, environment | {"PYTHON": sys.executable}, [])
+    yield cluster
+    for job in cluster.jobs:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_the_batch_script_makes_STOP_and_the_job_is_requeued_once_and_finishes(cluster, number):
+    cluster.sbatch(UNTIL_STOP, FINISHED)
+    cluster.wait_for(cluster.run_folder / "started-0")
+    cluster.signal(number)
+    assert cluster.end() == [0, 0]
+    assert cluster.requeued == ["123"]
+    assert "train.sh: attempt 1 of job 123 on 1 node(s)\n" in cluster.log
+    assert "train.sh: attempt 2 of job 123 on 1 node(s)\n" in cluster.log
+    assert "preempted, step 5, why STOP; requeueing job 123" in cluster.log
+    assert not (cluster.run_folder / "STOP").exists()
+
+
+FAILED, CRASH_LOOP = '{"reason": "failed", "step": 5}', '{"reason": "failed", "step": 5, "crash_loop": true}'
+RUNNING = '{"reason": "running", "attempt": 1, "previous": {"reason": "preempted"}}'
+
+
+@pytest.mark.parametrize(
+    "before, now, code",
+    [
+        (None, FAILED, 1),
+        (FAILED, CRASH_LOOP, 1),
+        (None, None, 137),
+        (None, RUNNING, 1),
+        (None, '{"reason": "preemp', 3),
+        (None, "[]", 1),
+        (PREEMPTED["exit.json"], None, 1),
+        (FINISHED["exit.json"], None, 4),
+    ],
+    ids=["failed", "crash loop", "absent", "running", "cut short", "no object", "an earlier preempted", "an earlier finished"],
+)
+def test_a_job_that_was_not_preempted_is_not_requeued_and_its_exit_code_is_that_of_the_run(cluster, before, now, code):
+    cluster.run_folder.mkdir()
+    if before:
+        (cluster.run_folder / "exit.json").write_text(before)
+    cluster.sbatch({"code": code} | ({"exit.json": now} if now else {}))
+    assert cluster.end() == [code] and cluster.requeued == []
+    assert "job 123 is not requeued" in cluster.log
+
+
+def test_what_an_earlier_failure_wrote_is_there_for_train_py_to_read(cluster):
+    cluster.run_folder.mkdir()
+    (cluster.run_folder / "exit.json").write_text(FAILED)
+    cluster.sbatch({"code": 1})
+    cluster.end()
+    assert (cluster.run_folder / "exit.json").read_text() == FAILED
+
+
+def test_a_mistake_in_the_config_ends_the_job_with_code_2_before_anything_starts(cluster):
+    cluster.sbatch(FINISHED, CHECK="2")
+    assert cluster.end() == [2] and cluster.requeued == [] and not cluster.run_folder.exists()
+
+
+def test_a_finished_run_ends_well_whatever_code_the_launcher_makes_of_it_and_an_old_STOP_does_not_touch_it(cluster):
+    cluster.run_folder.mkdir()
+    (cluster.run_folder / "STOP").touch()
+    cluster.sbatch(FINISHED | {"code": 1})
+    assert cluster.end() == [0] and cluster.requeued == []
+    assert json.loads((cluster.run_folder / "started-0").read_text()) == {"STOP": False}
+
+
+def test_an_element_of_an_array_requeues_itself_and_not_the_array(cluster):
+    array = {"SLURM_JOB_ID": "77", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3"}
+    cluster.sbatch(PREEMPTED, FINISHED, **array)
+    assert cluster.end() == [0, 0] and cluster.requeued == ["77_3"]
+    assert "attempt 2 of job 77_3" in cluster.log
+
+
+def test_more_signals_while_the_run_saves_change_nothing(cluster):
+    cluster.sbatch(UNTIL_STOP | {"lingers": 0.5}, FINISHED)
+    cluster.wait_for(cluster.run_folder / "started-0")
+    cluster.signal(signal.SIGUSR1)
+    cluster.wait_for(cluster.run_folder / "saving")
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+        cluster.signal(number)
+        time.sleep(0.05)
+    assert cluster.end() == [0, 0] and cluster.requeued == ["123"]
+    assert json.loads((cluster.run_folder / "started-0").read_text()) == {"STOP": False}
+
+
+def test_a_signal_before_the_run_has_started_is_not_lost(cluster):
+    cluster.sbatch(UNTIL_STOP, FINISHED, CHECK_S="0.5")
+    cluster.wait_for(cluster.state / "checking")
+    cluster.signal(signal.SIGUSR1)
+    assert cluster.end() == [0, 0] and cluster.requeued == ["123"]
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])
+def test_a_job_that_was_cancelled_is_not_brought_back(cluster, state):
+    cluster.sbatch(PREEMPTED, STATE=state)
+    assert cluster.end() == [0] and cluster.requeued == []
+    assert "Slurm is ending job 123" in cluster.log
+
+
+def test_a_cluster_that_does_not_requeue_is_told_and_the_job_ends_well(cluster):
+    cluster.sbatch(UNTIL_STOP, REFUSED="yes")
+    cluster.wait_for(cluster.run_folder / "started-0")
+    cluster.signal(signal.SIGUSR1)
+    assert cluster.end() == [0] and cluster.requeued == ["123"]
+    assert "job 123 is not requeued" in cluster.log
+    assert not (cluster.run_folder / "STOP").exists()  # a start by hand would find it
+
+
+def test_ctrl_c_in_an_allocation_reaches_the_run(cluster):
+    # Not at once: see train.sh on a run that ends at the moment of a signal.
+    told_by_exits_py = "sys.excepthook = lambda *error: time.sleep(0.2) or os._exit(130)\n"
+    (cluster.checkout / "train.py").write_text(TRAINER.replace("\nplan =", f"\n{told_by_exits_py}plan ="))
+    job = cluster.start("bash", "train.sh", "x.toml", PLAN=json.dumps([UNTIL_STOP]), SLURM_JOB_ID="5")
+    cluster.wait_for(cluster.run_folder / "started-0")
+    os.killpg(job.pid, signal.SIGINT)  # as a terminal does
+    assert job.wait(timeout=20) == 130 and cluster.requeued == []
+
+
+def test_srun_starts_each_process_itself_where_a_site_wants_a_gpu_a_task(cluster):
+    told = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"]
+    plan = {"tell": told, "exit.json": FINISHED["exit.json"], "code": 0}
+    cluster.sbatch(plan, TASKS_PER_NODE="2", SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="x[1-2]", SLURM_JOB_ID="20123")
+    assert cluster.end() == [0]
+    seen = [json.loads((cluster.run_folder / f"started-{rank}").read_text()) for rank in range(4)]
+    assert [[each[name] for name in told] for each in seen] == [
+        [str(rank), str(rank % 2), "4", "2", "localhost", "10123", "7"] for rank in range(4)
+    ]
+    assert "2 node(s) with 2 process(es) each, which meet at localhost:10123" in cluster.log
+
+
+WORKER = r"""
+import os, signal, sys, time
+from pathlib import Path
+
+folder, rank = Path(os.environ["CLUSTER"]), os.environ["RANK"]
+
+
+def save(number, frame):
+    time.sleep(0.2)
+    (folder / f"saved-{rank}").write_text(f"{number} {os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT']}")
+    sys.exit()
+
+
+signal.signal(signal.SIGUSR1, save)
+(folder / f"up-{rank}").touch()
+time.sleep(120)
+"""
+
+
+@pytest.mark.slow  # torchrun imports torch
+@pytest.mark.skipif("signals_to_handle" not in get_args_parser().format_help(), reason="this torchrun dies of SIGUSR1")
+def test_a_sigusr1_to_torchrun_reaches_its_workers_and_leaves_none_behind(cluster):
+    (cluster.checkout / "train.py").write_text(WORKER)
+    job = cluster.start("bash", "train.sh", "x.toml", NPROC="2")
+    for rank in range(2):
+        cluster.wait_for(cluster.state / f"up-{rank}")
+    job.send_signal(signal.SIGUSR1)  # train.sh has become torchrun
+    job.wait(timeout=60)
+    assert [(cluster.state / f"saved-{rank}").read_text() for rank in range(2)] == [f"{signal.SIGUSR1.value} 300"] * 2
+    with pytest.raises(ProcessLookupError):
+        os.killpg(job.pid, 0)
+
+
+OF_THE_MACHINE = ("_per_s", "_per_s_per_device", "_s", "seconds", "_gib", "mfu", "hfu")
+
+
+def curve(run_folder: Path) -> list[dict]:
+    """What metrics.jsonl knows of each step and validation, but for the clock and the machine."""
+    records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in record.items() if not name.endswith(OF_THE_MACHINE)}
+        for record in records
+        if record["kind"] != "start"
+    ]
+
+
+def settings(run_folder: Path) -> list[str]:
+    """A run that has checkpoints where it stops and at its end alone."""
+    steps = ["--training.steps", "40", "--checkpoint.interval", "1000", "--validation.freq", "20"]
+    return ["train_configs/debug.toml", "--job.dump_folder", str(run_folder), *steps]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    environment = os.environ | {"NPROC": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(["bash", "train.sh", *settings(folder)], cwd=ROOT, env=environment, check=True)
+    return curve(folder)
+
+
+@pytest.mark.slow  # two starts of the trainer on two ranks, and the first test's third
+@pytest.mark.parametrize("launcher", [{"TASKS_PER_NODE": "2"}, {"NPROC": "2"}], ids=["srun", "torchrun"])
+def test_a_real_run_that_is_told_to_leave_goes_on_to_the_last_bit_of_the_uninterrupted_one(cluster, uninterrupted, launcher):
+    folder, one_node = cluster.state / "run", {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "localhost"}
+    alike = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    job = cluster.start("sbatch", str(ROOT / "train.sh"), *settings(folder), cwd=ROOT, **one_node, **launcher, **alike)
+    cluster.wait_for(folder / "metrics.jsonl", '"step": 5,')
+    cluster.signal(signal.SIGUSR1)
+    assert cluster.end() == [0, 0], cluster.log
+    assert cluster.requeued == ["123"] and job.returncode == 0
+    assert "stopped by STOP" in cluster.log and "why STOP; requeueing job 123" in cluster.log
+    assert "attempt 2 of job 123 on 1 node(s)" in cluster.log
+    assert curve(folder) == uninterrupted
+    told = json.loads((folder / "exit.json").read_text())
+    assert (told["reason"], told["step"], told["attempt"]) == ("finished", 40, 2)
+    saved = sorted(path.name for path in (folder / "checkpoint").glob("step-*"))
+    assert len(saved) == 2 and 5 <= int(saved[0][5:]) < 40 and saved[1] == "step-00000040"

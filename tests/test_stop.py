@@ -1,0 +1,207 @@
+"""A run that is told to stop saves the step it has just done, on all ranks alike, and the same command goes on from there."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ranks import on_ranks
+from whole_runs import before_step, deaf_again, exit_json, lines, losses, saved_steps, train_main
+
+from torchtitan_bio import distributed, stop
+
+SETTINGS = ["--training.steps", "12", "--checkpoint.interval", "100", "--validation.freq", "6"]
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """12 steps on 2 ranks without interruption."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    on_ranks(2, train_main, folder, SETTINGS)
+    assert exit_json(folder)["reason"] == "finished" and exit_json(folder)["step"] == 12
+    return folder
+
+
+def assert_goes_on_as_if_never_stopped(folder, straight):
+    printed, _ = on_ranks(2, train_main, folder, SETTINGS)
+    assert losses(folder) == losses(straight)
+    assert [entry["step"] for entry in lines(folder, "validation")] == [0, 6, 12]
+    bits = [[entry["bits_per_spike"] for entry in lines(each, "validation")] for each in (folder, straight)]
+    assert bits[0] == bits[1]
+    assert exit_json(folder)["reason"] == "finished"
+    return printed
+
+
+def signal_one_rank_and_again_during_the_save(patch, rank):
+    from torchtitan_bio.checkpoint import commit
+
+    write = commit.write
+
+    def write_under_fire(*settings):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return write(*settings)
+
+    if rank == 1:
+        before_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    patch.setattr(commit, "write", write_under_fire)
+
+
+@pytest.mark.parametrize("asynchronous", ["disabled", "async"])
+def test_a_signal_to_one_rank_makes_all_save_that_step_and_a_second_one_does_no_harm(tmp_path, straight, asynchronous):
+    folder = tmp_path / "run"
+    settings = [*SETTINGS, "--checkpoint.async_mode", asynchronous]
+    printed, _ = on_ranks(2, train_main, folder, settings, signal_one_rank_and_again_during_the_save)
+    left = exit_json(folder)
+    assert (left["reason"], left["step"], left["why"], left["attempt"]) == ("preempted", 5, "SIGTERM", 1)
+    assert "stopped by SIGTERM" in printed
+    assert saved_steps(folder) == [5] and [path.name for path in (folder / "checkpoint").iterdir()] == ["step-00000005"]
+    assert_goes_on_as_if_never_stopped(folder, straight)
+
+
+FOLDER = "STOP_IS_PUT_INTO"
+
+
+def touch_stop_while_step_6_is_scored(patch, rank):
+    import train
+
+    finite, calls = train.loader.finite, []
+
+    def interrupted(*settings, **names):
+        calls.append(None)
+        for number, batch in enumerate(finite(*settings, **names)):
+            if rank == 0 and len(calls) == 2 and number == 1:  # the first call was before step 1
+                (Path(os.environ[FOLDER]) / "STOP").touch()
+            yield batch
+
+    patch.setattr(train.loader, "finite", interrupted)
+
+
+def set_folder(rank, folder):
+    os.environ[FOLDER] = str(folder)
+
+
+def test_a_stop_file_during_validation_leaves_no_half_score_and_the_score_is_made_up_for(tmp_path, straight):
+    folder = tmp_path / "run"
+    on_ranks(2, set_folder, folder)
+    on_ranks(2, train_main, folder, SETTINGS, touch_stop_while_step_6_is_scored)
+    left = exit_json(folder)
+    assert (left["reason"], left["step"], left["why"]) == ("preempted", 6, "STOP")
+    assert saved_steps(folder) == [6] and not (folder / "STOP").exists()
+    assert [entry["step"] for entry in lines(folder, "validation")] == [0]
+    assert_goes_on_as_if_never_stopped(folder, straight)
+
+
+def test_a_run_that_finds_a_stop_file_leaves_before_it_builds_anything(tmp_path):
+    (tmp_path / "STOP").touch()
+    on_ranks(2, train_main, tmp_path, SETTINGS)
+    assert exit_json(tmp_path) == exit_json(tmp_path) | {"reason": "preempted", "step": None, "why": "STOP"}
+    assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
+
+
+def let_the_third_step_take_950_s(patch, rank):
+    late_s, monotonic = [0], time.monotonic
+    patch.setattr(stop, "time", SimpleNamespace(monotonic=lambda: monotonic() + late_s[0], time=time.time))
+    before_step(patch, 3, lambda: late_s.append(late_s.pop() + 950))
+
+
+def test_the_wall_clock_stops_a_run_before_its_time_is_up(tmp_path):
+    settings = [*SETTINGS, "--job.max_wall_s", "1000", "--validation.enable", "false"]
+    on_ranks(2, train_main, tmp_path, settings, let_the_third_step_take_950_s)
+    left = exit_json(tmp_path)
+    assert (left["reason"], left["step"], left["why"]) == ("preempted", 3, "wall clock")
+    assert saved_steps(tmp_path) == [3]
+
+
+def signal_at_step_2(patch, rank):
+    before_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+
+
+def test_without_checkpoints_a_stopped_run_leaves_and_says_that_nothing_is_saved(tmp_path):
+    settings = [*SETTINGS, "--checkpoint.enable", "false"]
+    (printed,) = on_ranks(1, train_main, tmp_path, settings, signal_at_step_2)
+    assert "checkpoint.enable=false, so nothing is saved" in printed and "stopped by SIGUSR1" in printed
+    assert exit_json(tmp_path)["step"] == 2 and not (tmp_path / "checkpoint").exists()
+
+
+# ---- how a rank knows, and how all do ----
+
+
+def what_ranks_know(rank, folder, sender):
+    with deaf_again():
+        world, stops = distributed.start(), stop.Stops(folder)
+        if rank == sender:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        wishes = stops.wishes()
+        alone = stops.why
+        stops.hear(world.sum({"flops": 1.0} | wishes))
+        return sum(wishes.values()), alone, stops.why
+
+
+def test_a_signal_is_a_wish_of_one_rank_and_the_sum_tells_all(tmp_path):
+    assert on_ranks(2, what_ranks_know, tmp_path, 1) == [(0, None, "SIGUSR1"), (1, None, "SIGUSR1")]
+    (tmp_path / "STOP").touch()
+    assert on_ranks(2, what_ranks_know, tmp_path, None) == [(1, None, "STOP"), (0, None, "STOP")]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Times that pass when a test says so; signal handlers of the test process stay."""
+    monkeypatch.setattr(stop.signal, "signal", lambda number, handler: None)
+    now = {"s": 1000.0}
+    monkeypatch.setattr(stop.time, "monotonic", lambda: now["s"])
+    monkeypatch.setattr(stop.time, "time", lambda: 1e9 + now["s"])
+    return now
+
+
+def seconds_before_the_end_when_it_stops(clock, stops, end_s, step_s):
+    while not any(stops.wishes().values()):
+        clock["s"] += step_s
+    return end_s - clock["s"]
+
+
+@pytest.mark.parametrize(
+    ("whole_s", "save_s", "step_s", "expected"),
+    [
+        (6 * 3600, None, 10, 300 + 20),  # no save was timed yet
+        (6 * 3600, 600, 10, 600 + 20),
+        (6 * 3600, 3, 10, 60),  # a minute at least
+        (300, None, 1, 30 + 2),  # a tenth of the whole limits what is guessed
+        (300, 2, 1, 30),
+    ],
+)
+def test_the_run_leaves_a_save_and_two_steps_before_its_time_is_up(
+    clock, tmp_path, monkeypatch, whole_s, save_s, step_s, expected
+):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(1e9 + 1000 + whole_s))
+    stops = stop.Stops(tmp_path, "auto")
+    stops.save_s = save_s
+    left_s = seconds_before_the_end_when_it_stops(clock, stops, 1000 + whole_s, step_s)
+    assert expected - step_s <= left_s < expected
+
+
+def test_the_earlier_limit_counts(monkeypatch):
+    assert stop.seconds_left("auto") is None and stop.seconds_left(50) == 50
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 100))
+    assert stop.seconds_left("auto") == pytest.approx(100, abs=1)
+    assert stop.seconds_left(50) == 50 and stop.seconds_left(500) == pytest.approx(100, abs=1)
+
+
+def test_only_the_first_rank_looks_at_disk_and_clock(clock, tmp_path, monkeypatch):
+    (tmp_path / "STOP").touch()
+    monkeypatch.setenv("RANK", "1")
+    stops = stop.Stops(tmp_path, 10.0)
+    clock["s"] += 100
+    assert set(stops.wishes().values()) == {0}
+    monkeypatch.setenv("RANK", "0")
+    stops = stop.Stops(tmp_path, 10.0)
+    assert stops.wishes() == {"SIGTERM": 0, "SIGUSR1": 0, "STOP": 1, "wall clock": 0}
+    clock["s"] += 100
+    assert stops.wishes() == {"SIGTERM": 0, "SIGUSR1": 0, "STOP": 1, "wall clock": 1}
