@@ -19,7 +19,11 @@ class Rows:
         same = ["x"] * len(recordings)
         self.recordings, self.not_scored = recordings, []
         self.index = SimpleNamespace(
-            id=[str(row) for row in range(len(recordings))], source_dataset=same, subject_id=same, session_id=sessions or same
+            id=[str(row) for row in range(len(recordings))],
+            source_dataset=same,
+            subject_id=same,
+            session_id=sessions or same,
+            t=[recording.shape[1] for recording in recordings],
         )
 
     def counts(self, row):
@@ -65,11 +69,12 @@ def test_the_embedded_recording_gives_the_known_figure_within_0_01_bits(embedded
 def test_the_oracle_null_pools_a_sessions_recordings_before_it_takes_means():
     a, b = draw(0, 3, 40), draw(1, 3, 25, mean=2.0)
     b[2] = a[2] = 0  # a silent neuron costs nothing
-    whole, nats = np.concatenate([a, b], axis=1), 0.0
+    whole = np.concatenate([a, b], axis=1)
+    nats = np.zeros(65)
     for neuron in whole[:2].tolist():
         mean = sum(neuron) / len(neuron)
-        nats += sum(mean - y * log(mean) + lgamma(y + 1) for y in neuron)
-    assert baselines.poisson_null(one_session(a, b)) == pytest.approx(nats, rel=1e-12)
+        nats += [mean - y * log(mean) + lgamma(y + 1) for y in neuron]
+    np.testing.assert_allclose(baselines.poisson_null(one_session(a, b)), nats, rtol=1e-12)
 
 
 def witten_bell(seen, neuron, history, y):
@@ -94,10 +99,14 @@ def test_the_n_gram_equals_the_recursive_definition_and_its_past_stops_at_a_reco
 
     train, test = [draw(0, 2, 60), draw(1, 2, 30)], [draw(2, 2, 20, mean=1.5), draw(3, 2, 1)]
     seen = list(events(*train))
-    expected = [
-        -sum(log(witten_bell(seen, neuron, past[:order], y)) for neuron, past, y in events(*test)) for order in range(4)
-    ]
-    assert baselines.own_history(one_session(*train), one_session(*test), quiet) == pytest.approx(expected, rel=1e-12)
+    expected = np.zeros((4, 21))
+    for order in range(4):
+        first, second = (
+            [-log(witten_bell(seen, neuron, past[:order], y)) for neuron, past, y in events(each)] for each in test
+        )
+        expected[order] = [*np.reshape(first, (2, 20)).sum(0), sum(second)]
+    found = baselines.own_history(one_session(*train), one_session(*test), quiet)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_the_token_trigram_equals_counting_over_the_written_stream():
@@ -109,12 +118,12 @@ def test_the_token_trigram_equals_counting_over_the_written_stream():
     three = Counter(zip(tokens, tokens[1:], tokens[2:], strict=False))
     two = Counter(zip(tokens[:-1], tokens[1:-1], strict=False))
     held_out = stream(*test)
-    nats = 0.0
+    nats = []
     for a, b, c in zip(held_out, held_out[1:], held_out[2:], strict=False):
-        nats -= log((three[a, b, c] + 1) / (two[a, b] + 256)) if c != 255 else 0.0
+        nats = [*nats, 0.0] if c == 255 else [*nats[:-1], nats[-1] - log((three[a, b, c] + 1) / (two[a, b] + 256))]
     model = baselines.TokenTrigram()
     model.add(one_session(*train))
-    assert model.nats(one_session(*test)) == pytest.approx(nats, rel=1e-12)
+    np.testing.assert_allclose(model.nats(one_session(*test)), nats, rtol=1e-12)
 
 
 @pytest.mark.parametrize("same_bin", [False, True])
@@ -137,6 +146,40 @@ def test_the_gradient_of_the_plain_penalised_loss_vanishes_at_the_glms_weights(s
     if same_bin:
         gradient[:3] = gradient[:3].triu(1)
     assert gradient.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("same_bin", [False, True])
+def test_the_glm_pays_for_each_bin_what_its_rates_say(same_bin):
+    train, test = draw(0, 3, 300), [draw(1, 3, 20), draw(2, 3, 10, mean=2.0)]
+    lags = range(0 if same_bin else 1, 4)
+    weights = baselines.fit_poisson(baselines.Regressors(one_session(train), lags), quiet).numpy()
+    expected = []
+    for counts in test:
+        padded = np.concatenate([np.zeros((3, 3)), np.log1p(counts.T.astype(float))])
+        for bin, column in enumerate(counts.T.tolist()):
+            x = np.concatenate([*(padded[3 + bin - lag] for lag in lags), [1.0]])
+            expected.append(sum(np.exp(eta) - y * eta + lgamma(y + 1) for y, eta in zip(column, x @ weights, strict=True)))
+    found = baselines.poisson_glm(one_session(train), one_session(*test), quiet, same_bin=same_bin)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+def test_what_bins_cost_goes_to_the_recordings_that_they_are_of():
+    train = Rows(draw(0, 3, 200), draw(1, 2, 200), sessions=["x", "y"])
+    test = Rows(draw(2, 3, 50), draw(3, 2, 20), draw(4, 3, 30, mean=2.0), sessions=["x", "y", "x"])
+    scored = baselines.score(train, test, quiet)
+    for row, counts in enumerate(test.recordings):
+        assert (scored.spikes[row] == counts.sum(axis=0)).all()
+        assert all(by_row[row].shape == (counts.shape[1],) for by_row in scored.nats.values())
+    both = baselines.poisson_null(one_session(test.recordings[0], test.recordings[2]))
+    np.testing.assert_array_equal(np.concatenate([scored.nats[baselines.NULL][row] for row in (0, 2)]), both)
+
+
+def test_the_command_prints_the_ladder_of_a_data_set(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["baselines", "--data", "ring-hmm:n=3,K=8,bins=20,rows=30,test_rows=10"])
+    baselines.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "held-out bits/spike" and len(lines) == 8
+    assert any(line.endswith("0.000") and "Poisson null (oracle)" in line for line in lines)
 
 
 def test_a_neuron_silent_in_training_costs_a_finite_score():

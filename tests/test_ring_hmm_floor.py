@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from torchtitan_bio.data import loader, spikes
+from torchtitan_bio.models.llama3 import Architecture, Model
 from torchtitan_bio.science import ring_hmm_floor
 from torchtitan_bio.science.scores import SpikeScores
 
@@ -126,3 +127,41 @@ def test_windows_inside_rows_of_many_populations_are_filtered_from_their_own_sta
 def test_comparing_other_windows_is_refused():
     with pytest.raises(ValueError, match="the model's 1 windows are not the ideal observer's 2"):
         ring_hmm_floor.gap([((0, 0), 1.0, 1)], [((0, 0), 1.0, 1), ((1, 0), 1.0, 1)])
+
+
+def after_40_steps(sees_ahead):
+    """The gap of a small model whose attention sees so many tokens ahead."""
+
+    def attend(q, k, v, *, causal=True, cu_seqlens=None):
+        mask = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril(sees_ahead)
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+    source = "ring-hmm:n=3,K=8,bins=16,rows=1000,test_rows=100"
+    train, test = spikes.build(source=source, mode="aligned", seq_len=64), build(source, 64)
+    model = Model(Architecture(dim=32, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=64, vocab_size=256), attend)
+    model.init_weights(0)
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(40):
+        batch = loader.read(train, range(16 * step, 16 * (step + 1)))
+        adamw.zero_grad()
+        (model(batch.inputs)["next_token"] / batch.counts["next_token"]).backward()
+        adamw.step()
+    with torch.no_grad():
+        scores = score(test, lambda batch: model.logits(batch.inputs).exp())
+    return ring_hmm_floor.gap(scores.window_nll, ring_hmm_floor.window_nll(test))
+
+
+def test_a_model_trained_with_a_mask_off_by_one_is_called_a_leak_and_the_same_model_with_the_right_mask_is_not():
+    leaking, honest = after_40_steps(sees_ahead=1), after_40_steps(sees_ahead=0)
+    assert leaking.is_leak and leaking.gap < -10 * leaking.standard_error
+    assert not honest.is_leak and honest.gap > 3 * honest.standard_error
+
+
+def test_what_is_captured_is_told_only_where_the_histogram_is_above_the_floor():
+    found = ring_hmm_floor.Gap(gap=0.1, standard_error=0.01, nll=0.6, floor=0.5)
+    assert found.captured(0.7) == pytest.approx(0.5) and found.captured(0.5) is None
+
+
+def test_the_windows_of_a_subset_are_those_of_the_whole(population, floor):
+    assert ring_hmm_floor.window_nll(population, [7, 3]) == [floor[7], floor[3]]

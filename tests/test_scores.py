@@ -12,7 +12,8 @@ import torch
 
 from torchtitan_bio.data import loader, spikes
 from torchtitan_bio.data.batch import IGNORED
-from torchtitan_bio.science import scores
+from torchtitan_bio.models.llama3 import Architecture, Model
+from torchtitan_bio.science import scores, units
 
 RECORDINGS = [  # source, session, neurons, bins
     ("a", "1", 3, 23),
@@ -213,3 +214,156 @@ def test_the_embedded_recordings_null_is_that_of_both_halves_as_one_session():
     assert (result["spikes"], result["counts"]) == (18592, 15 * 12000)
     # Pooled over both halves; a null for each half would be lower by 0.066 bits/spike.
     assert result["null_nll"] == pytest.approx(0.32579226798, rel=1e-9)
+
+
+def test_bits_per_spike_is_the_formula_of_the_neural_latents_benchmark_on_numbers_by_hand(tmp_path):
+    """(log-likelihood of the rates - log-likelihood of each neuron's own mean) / spikes / ln 2, and the first neuron's mean is
+    (0 + 1 + 3 + 0) / 4 = 1, the second's (2 + 0 + 0 + 0) / 4 = 1/2. Predicted rates: 1/2 for the first, 2 for the second.
+
+        rates  -4/2 - 4*2 + 4 ln(1/2) + 2 ln 2 - ln 3! - ln 2!  =  -10 - 2 ln 2 - ln 12
+        means  -4*1 - 4/2 + 4 ln 1 + 2 ln(1/2) - ln 3! - ln 2!  =   -6 - 2 ln 2 - ln 12
+        so bits/spike is (-10 + 6) / 6 / ln 2 = -2 / (3 ln 2)
+    """
+    np.savez(tmp_path / "test.npz", spike_counts=np.array([[0, 1, 3, 0], [2, 0, 0, 0]], np.uint8))
+    data = spikes.build(source=str(tmp_path), split="test", mode="aligned", overlap=True, seq_len=6)
+    model = scores.SpikeScores(data)
+    for batch in loader.finite(data, local_batch_size=2, rank=0, world_size=1):
+        model.add(of_rates(batch, {1: 0.5, 2: 2.0}), batch)
+    result = model.result()
+    assert result["bits_per_spike_rate"] == pytest.approx(-2 / (3 * log(2)), rel=1e-12)
+    assert result["bits_per_spike"] == pytest.approx(-2 / (3 * log(2)), rel=1e-12)  # these q are Poisson to 1e-300
+    assert result["null_nll"] == pytest.approx((6 + 2 * log(2) + log(12)) / 8, rel=1e-12)
+
+
+def of_rates(batch, rates):
+    """Logits (B, S, 256) of a model that predicts one Poisson rate for each neuron (1, 2, .. in its bin) all the time."""
+    width = len(rates) + 1
+    logits = torch.zeros(*batch.inputs["labels"].shape, 256, dtype=torch.float64)
+    counts = torch.arange(255, dtype=torch.float64)
+    for position in range(logits.shape[1]):
+        place = (position + 1) % width
+        if place:
+            logits[:, position, :255] = counts * log(rates[place]) - torch.lgamma(counts + 1)
+            logits[:, position, 255] = -40
+    return logits
+
+
+def test_a_model_of_constant_rates_scores_exactly_the_poisson_null():
+    """And with standard errors that are zero to rounding: it is the null in every stretch."""
+    rows = "ring-hmm:n=3,K=8,bins=400,test_rows=2"
+    halves = spikes.build(source=rows, split="test", mode="aligned", overlap=True, seq_len=64)
+    counts = np.concatenate([halves.counts(row) for row in range(2)], axis=1)
+    rates = {neuron + 1: mean for neuron, mean in enumerate(counts.mean(1).tolist())}
+    model = scores.SpikeScores(halves, units.by_recording(halves))
+    for batch in loader.finite(halves, local_batch_size=64, rank=0, world_size=1):
+        model.add(of_rates(batch, rates), batch)
+    result = model.result()
+    for name in ("bits_per_spike", "bits_per_spike_rate"):
+        assert result[name] == pytest.approx(0, abs=1e-10)
+        assert result["standard_errors"][name] == pytest.approx(0, abs=1e-10)
+    assert result["nll"] == pytest.approx(result["null_nll"], rel=1e-10) and result["standard_errors"]["nll"] > 0.001
+    assert result["standard_errors"]["over"].startswith("stretches") and result["standard_errors"]["number"] == 20
+
+
+def test_scores_with_standard_errors_are_those_without_on_any_ranks(dataset):
+    def with_errors(rank=0, world_size=1):
+        model = scores.SpikeScores(dataset, units.by_recording(dataset))
+        for batch in loader.finite(dataset, local_batch_size=1, rank=rank, world_size=world_size):
+            model.add(fake_logits(batch), batch)
+        return model
+
+    whole = with_errors().result()
+    parts = (whole, whole["macro"], *whole["sources"].values())
+    errors = [part.pop("standard_errors") for part in parts]
+    assert flatten(whole) == pytest.approx(flatten(scored(dataset).result()), rel=1e-12)
+    for rank in results_of_ranks([with_errors(rank, 3) for rank in range(3)]):
+        found = [part["standard_errors"] for part in (rank, rank["macro"], *rank["sources"].values())]
+        for one, other in zip(found, errors, strict=True):
+            assert one.pop("over", None) == other.get("over")
+            assert one == pytest.approx({name: value for name, value in other.items() if name != "over"}, rel=1e-9)
+    assert errors[1]["nll"] == pytest.approx(np.hypot(errors[2]["nll"], errors[3]["nll"]) / 2, rel=1e-12)
+
+
+def test_a_standard_error_is_that_of_the_bootstrap_over_clusters():
+    random = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(200), 3)
+    weights = random.integers(1, 5, 600).astype(float)
+    values = weights * (random.normal(size=200)[clusters] + 0.3 * random.normal(size=600))
+    drawn = random.integers(0, 200, (4000, 200))
+    of_cluster = np.stack([np.bincount(clusters, values), np.bincount(clusters, weights)])
+    above, below = of_cluster[:, drawn].sum(2)
+    assert units.standard_error(values, weights, clusters) == pytest.approx((above / below).std(), rel=0.05)
+    assert units.standard_error(values, weights, np.arange(600)) < 0.7 * (above / below).std()
+    assert units.standard_error(values[:3], weights[:3], clusters[:3]) is None
+
+
+def test_cells_are_recordings_where_there_are_enough_and_stretches_of_equally_many_windows_elsewhere(tmp_path):
+    lengths = {"many": [40] * 12, "few": [400, 100]}
+    for source, bins in lengths.items():
+        for number, t in enumerate(bins):
+            (tmp_path / "test").mkdir(exist_ok=True)
+            path = tmp_path / "test" / f"{source}{number}.npz"
+            np.savez(
+                path, spike_counts=np.ones((2, t), np.uint8), source_dataset=source, subject_id="s", session_id=str(number)
+            )
+    data = spikes.build(source=str(tmp_path), split="test", mode="aligned", overlap=True, seq_len=12)  # 4 bins, 2 apart
+    found = units.by_recording(data)
+    cells = [found.cell(data.origin(i)) for i in range(len(data))]
+    assert cells == sorted(cells) and set(cells) == set(range(len(found.row)))
+    for i, cell in enumerate(cells):
+        row, _ = data.origin(i)
+        assert found.row[cell] == row and found.groups[found.group[cell]] == data.index.source_dataset[row]
+        assert found.populations[found.population[cell]] == (data.session[row], 2)
+    few = np.flatnonzero(found.group == found.groups.index("few"))
+    sizes = np.bincount(cells)[few]
+    assert sizes.tolist() == [20] * 9 + [19] + [5] * 9 + [4]  # 199 and 49 windows, 10 stretches each
+    assert found.clusters(few)[0].startswith("stretches") and len(found.row) == 12 + len(few)
+    assert found.clusters(np.arange(len(found.row)))[0] == "recordings"
+
+
+@pytest.mark.parametrize(
+    ("by", "names"),
+    [
+        ("source_dataset", ["a", "b"]),
+        ("subject", ["a/s", "b/s"]),
+        ("session", ["a/s/1", "a/s/2", "b/s/1", "b/s/3"]),
+        ("recording", 5),
+    ],
+)
+def test_groups_can_be_subjects_sessions_or_recordings_whose_counts_add_up_to_all(dataset, by, names):
+    model = scores.SpikeScores(dataset, units.by_recording(dataset, by))
+    for batch in loader.finite(dataset, local_batch_size=3, rank=0, world_size=1):
+        model.add(fake_logits(batch), batch)
+    result = model.result()
+    assert list(result["sources"]) == names or len(result["sources"]) == names
+    assert sum(each["counts"] for each in result["sources"].values()) == result["counts"]
+    # The null stays that of the session, however finely it is told: nats add up.
+    nats = sum(each["null_nll"] * each["counts"] for each in result["sources"].values())
+    assert nats == pytest.approx(result["null_nll"] * result["counts"], rel=1e-12)
+
+
+@pytest.mark.parametrize("is_shuffled", [False, True])
+def test_where_time_is_shuffled_a_trained_model_scores_about_the_histogram_and_not_above_it(tmp_path, is_shuffled):
+    for split, rows in (("train", 200), ("test", 40)):
+        data = spikes.build(source="ring-hmm:n=3,K=8,bins=160,rows=200,test_rows=40", split=split, seq_len=64)
+        counts = np.concatenate([data.counts(row) for row in range(rows)], axis=1)
+        if is_shuffled:
+            counts = np.random.default_rng(0).permuted(counts, axis=1)  # each neuron by itself
+        np.savez(tmp_path / f"{split}.npz", spike_counts=counts)
+    train = spikes.build(source=str(tmp_path), mode="aligned", seq_len=64)
+    test = spikes.build(source=str(tmp_path), split="test", mode="aligned", overlap=True, seq_len=64)
+    model = Model(Architecture(dim=32, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=64, vocab_size=256))
+    model.init_weights(0)
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(200):
+        adamw.param_groups[0]["lr"] = 1e-2 * (1 - step / 200)
+        batch = loader.read(train, range(16 * step, 16 * (step + 1)))
+        adamw.zero_grad()
+        (model(batch.inputs)["next_token"] / batch.counts["next_token"]).backward()
+        adamw.step()
+    found = scores.SpikeScores(test)
+    with torch.no_grad():
+        for batch in loader.finite(test, local_batch_size=100, rank=0, world_size=1):
+            found.add(model.logits(batch.inputs), batch)
+    above_histogram = found.result()["bits_per_spike_hist"]
+    assert -0.06 < above_histogram < 0.0 if is_shuffled else above_histogram > 0.1

@@ -1,11 +1,14 @@
 """What simple models reach on held-out counts: the ladder that a trained model has to climb.
 
+python -m torchtitan_bio.science.baselines --data SOURCE      on a data set alone
+
 Each is fitted to the training counts of a session (one source, subject and session) and scored on the held-out counts of the
 same session, in bits/spike over the oracle Poisson null: the score that science/scores.py gives a model. Every held-out count
 is scored once, and nothing precedes a recording's first bin. Nothing is carried over to other neurons, so a session without
 training data, or with some of its neurons alone, is left out. ladder.py keeps and shows what is fitted here.
 """
 
+import argparse
 import time
 from dataclasses import dataclass
 from math import lgamma, log
@@ -24,37 +27,55 @@ LN_FACTORIAL = np.array([lgamma(count + 1) for count in range(LARGEST_COUNT + 1)
 MAX_TRAIN_COUNTS = 2**23  # of a session; the fits hold some 40 bytes a count
 BLOCK_COUNTS = 2**21  # that the n-grams sort at once
 RIDGE = 1.0  # a prior of standard deviation 1 on each weight of a GLM; 1 to 50 change the embedded recording's score by 0.0003
+NULL = "Poisson null (oracle)"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Of the held-out recordings that baselines could be fitted for, by row."""
+
+    nats: dict[str, dict[int, np.ndarray]]
+    """Of each baseline and row, what the counts of each bin cost, the neurons together."""
+    spikes: dict[int, np.ndarray]
+    """Of each row, in each bin."""
+
+    def bits_per_spike(self) -> list[tuple[str, float]]:
+        """(name, bits/spike over the oracle null) of each baseline, all recordings together."""
+        totals = {name: sum(nats.sum() for nats in by_row.values()) for name, by_row in self.nats.items()}
+        spikes = sum(int(spikes.sum()) for spikes in self.spikes.values())
+        return [(name, float((totals[NULL] - total) / (spikes * log(2))) if spikes else 0.0) for name, total in totals.items()]
 
 
 def ladder(train, test, say=print) -> list[tuple[str, float]]:
-    """(name, held-out bits/spike) of each baseline, pooled over the sessions that both datasets hold.
+    """(name, held-out bits/spike) of each baseline, pooled over the sessions that both datasets hold."""
+    return score(train, test, say).bits_per_spike()
 
-    `say` gets a line every ten seconds of a long fit.
-    """
+
+def score(train, test, say=print) -> Scored:
+    """Fit every baseline and score it. `say` gets a line every ten seconds of a long fit."""
     sessions, _ = match(train, test)
-    if not sessions:
-        return []
-    tokens = TokenTrigram()
+    tokens = TokenTrigram() if sessions else None
     for train_rows, _ in sessions:
         tokens.add(gather(train, train_rows, MAX_TRAIN_COUNTS))
-    null, spikes, nats = 0.0, 0, {}
+    scored = Scored({}, {})
     for number, (train_rows, test_rows) in enumerate(sessions):
         tell = every_ten_seconds(say, f"baselines: session {number + 1} of {len(sessions)}, {{}}")
         seen, held_out = gather(train, train_rows, MAX_TRAIN_COUNTS), gather(test, test_rows)
-        null += poisson_null(held_out)
-        spikes += int(held_out.counts.sum(dtype=np.int64))
+        ends = np.cumsum([int(test.index.t[row]) for row in test_rows])[:-1]
         histogram, *_, ngram = own_history(seen, held_out, tell)
-        scores = {
+        nats = {
             "pooled token 3-gram (the predecessor's)": tokens.nats(held_out),
-            "Poisson null (oracle)": poisson_null(held_out),
+            NULL: poisson_null(held_out),
             "per-neuron histogram": histogram,
             "Poisson GLM (past)": poisson_glm(seen, held_out, tell, same_bin=False),
             "Poisson GLM (past + same bin)": poisson_glm(seen, held_out, tell, same_bin=True),
             "own-history n-gram": ngram,
         }
-        for name, value in scores.items():
-            nats[name] = nats.get(name, 0.0) + value
-    return [(name, (null - value) / (spikes * log(2)) if spikes else 0.0) for name, value in nats.items()]
+        for name, values in nats.items():
+            scored.nats.setdefault(name, {}).update(zip(test_rows, np.split(values, ends), strict=True))
+        spikes = held_out.counts[:, held_out.inside].sum(axis=0, dtype=np.int64)
+        scored.spikes.update(zip(test_rows, np.split(spikes, ends), strict=True))
+    return scored
 
 
 def every_ten_seconds(say, form):
@@ -116,21 +137,27 @@ def gather(dataset, rows, max_counts=None) -> Session:
     return Session(np.concatenate(parts[::-1], axis=1), np.concatenate(inside[::-1]))
 
 
-def poisson_null(session) -> float:
-    """Nats of the held-out counts under Poisson with each neuron's own held-out mean."""
-    spikes = session.counts.sum(axis=1, dtype=np.int64)
-    mean = spikes / session.inside.sum()
-    ln_factorials = np.bincount(session.counts.ravel(), minlength=LARGEST_COUNT + 1) @ LN_FACTORIAL
-    return float(spikes.sum() - (spikes * np.log(np.where(spikes, mean, 1.0))).sum() + ln_factorials)
+def poisson_null(session) -> np.ndarray:
+    """Nats of each bin under Poisson with each neuron's own held-out mean. A bin here and below is one inside a recording."""
+    counts = session.counts[:, session.inside]
+    spikes = counts.sum(axis=1, dtype=np.int64)
+    mean = spikes / counts.shape[1]
+    return mean.sum() - np.log(np.where(spikes, mean, 1.0)) @ counts + ln_factorials(counts)
 
 
-def own_history(seen, held_out, tell) -> list[float]:
-    """Nats under Witten-Bell n-grams of a neuron's own last 0 .. NUM_LAGS bins: the first is its histogram.
+def ln_factorials(counts) -> np.ndarray:
+    """The sum of ln y! over the neurons of each bin."""
+    return LN_FACTORIAL[counts].sum(axis=0)
+
+
+def own_history(seen, held_out, tell) -> np.ndarray:
+    """Nats of each bin under Witten-Bell n-grams of a neuron's own last 0 .. NUM_LAGS bins, (orders, bins): the first is the
+    histogram.
 
     After c of N times, and D different counts, p(y | history) = (c + D p(y | shorter history)) / (N + D); uniform in the end.
     """
     block = max(1, BLOCK_COUNTS // seen.counts.shape[1])
-    nats = np.zeros(NUM_LAGS + 1)
+    nats = np.zeros((NUM_LAGS + 1, int(held_out.inside.sum())))
     for first in range(0, len(seen.counts), block):
         tell(f"n-gram of neuron {first} of {len(seen.counts)}")
         q = None
@@ -145,8 +172,8 @@ def own_history(seen, held_out, tell) -> list[float]:
             pair, seen_before = _find(pairs, test_context * (LARGEST_COUNT + 1) + test_count)
             hits = np.where(seen_before, pair_times[pair], 0)
             q = np.where(known, (hits + distinct[place] * q) / (times[place] + distinct[place]), q)
-            nats[order] -= np.log(q).sum()
-    return nats.tolist()
+            nats[order] -= np.log(q).reshape(-1, nats.shape[1]).sum(axis=0)
+    return nats
 
 
 def _histories(session, first, end, order):
@@ -177,11 +204,11 @@ class TokenTrigram:
     def add(self, session):
         self.times += np.bincount(self._trigrams(session), minlength=256**3).astype(np.int32)
 
-    def nats(self, session) -> float:
-        trigrams = self._trigrams(session)
-        trigrams = trigrams[trigrams % 256 != SEPARATOR]
+    def nats(self, session) -> np.ndarray:
+        """Of each bin's counts; its separator is not scored."""
+        trigrams = self._trigrams(session).reshape(-1, len(session.counts) + 1)[:, 1:]
         after = self.times.reshape(-1, 256).sum(axis=1)
-        return float(np.log((after[trigrams // 256] + 256) / (self.times[trigrams] + 1)).sum())
+        return np.log((after[trigrams // 256] + 256) / (self.times[trigrams] + 1)).sum(axis=1)
 
     def _trigrams(self, session):
         bins = session.counts[:, session.inside].T
@@ -190,15 +217,17 @@ class TokenTrigram:
         return (before[:-2] * 256 + before[1:-1]) * 256 + before[2:]
 
 
-def poisson_glm(seen, held_out, tell, *, same_bin) -> float:
-    """Nats under y_i ~ Poisson(exp(b_i + sum over lags and neurons j of w_ij log(1 + y_j))), and with `same_bin` also over the
-    neurons j < i of the bin itself, which is all that a model of the token stream sees."""
+def poisson_glm(seen, held_out, tell, *, same_bin) -> np.ndarray:
+    """Nats of each bin under y_i ~ Poisson(exp(b_i + sum over lags and neurons j of w_ij log(1 + y_j))).
+
+    With `same_bin` the sum is also over the neurons j < i of the bin itself: all that a model of the token stream sees.
+    """
     lags = range(0 if same_bin else 1, NUM_LAGS + 1)
     past, future = Regressors(seen, lags), Regressors(held_out, lags)
     weights = fit_poisson(past, tell)
     log_rate = future.times(weights).clamp(max=log(LARGEST_COUNT))
-    nats = ((log_rate.exp() - future.counts * log_rate) * future.inside).sum().item()
-    return nats + float(np.bincount(held_out.counts.ravel(), minlength=LARGEST_COUNT + 1) @ LN_FACTORIAL)
+    nats = (log_rate.exp() - future.counts * log_rate).sum(dim=1)[future.inside[:, 0] > 0].numpy()
+    return nats + ln_factorials(held_out.counts[:, held_out.inside])
 
 
 class Regressors:
@@ -282,3 +311,27 @@ def conjugate_gradients(x, rate, gradient, max_iterations=30):
             break
         direction = scaled + size / previous.clamp(min=tiny) * direction
     return step
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Held-out bits/spike of the baselines on one data set.")
+    parser.add_argument("--data", required=True, help="as data.source in a config")
+    parser.add_argument("--split", default="test", help="the held-out split (default: test)")
+    parser.add_argument("--split-by", default="given", help="as data.split_by in a config (default: given)")
+    options = parser.parse_args()
+
+    from torchtitan_bio.data import spikes
+    from torchtitan_bio.science import ladder
+
+    train, held_out = (
+        spikes.build(source=options.data, split=split, split_by=options.split_by, seq_len=512)
+        for split in ("train", options.split)
+    )
+    found = ladder.Ladder(
+        [list(rung) for rung in score(train, held_out).bits_per_spike()], match(train, held_out)[1], len(held_out.index)
+    )
+    print(*ladder.table(found), *ladder.unmatched(found), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,5 @@
-"""The ladder: a model's held-out score among the baselines, which are fitted once for a run and kept beside it.
+"""The ladder: a model's held-out score among the baselines, which are fitted once for a run and kept beside it."""
 
-python -m torchtitan_bio.science.ladder SOURCE      the baselines alone
-"""
-
-import argparse
 import json
 import os
 import time
@@ -135,25 +131,3 @@ def write(path: Path, value: dict):
         os.replace(partial_file, path)
     finally:
         partial_file.unlink(missing_ok=True)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Held-out bits/spike of the baselines on one data set.")
-    parser.add_argument("source", help="as data.source in a config")
-    parser.add_argument("--split", default="test", help="the held-out split (default: test)")
-    parser.add_argument("--split-by", default="given", help="as data.split_by in a config")
-    options = parser.parse_args()
-
-    from torchtitan_bio.data import spikes
-
-    train_data, held_out = (
-        spikes.build(source=options.source, split=split, split_by=options.split_by, seq_len=512)
-        for split in ("train", options.split)
-    )
-    rungs = baselines.ladder(train_data, held_out)
-    ladder = Ladder(rungs, baselines.match(train_data, held_out)[1], len(held_out.index.id))
-    print(*table(ladder), *unmatched(ladder), sep="\n")
-
-
-if __name__ == "__main__":
-    main()

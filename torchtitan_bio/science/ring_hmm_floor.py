@@ -4,6 +4,7 @@ The ideal observer knows the population and the walk, and sees what a model sees
 neurons of the same bin. It filters forward, neuron by neuron. A model below it by more than chance has seen its own answers.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,37 +31,53 @@ def predictive(counts, emission, p) -> np.ndarray:
     return result
 
 
-def window_nll(dataset) -> list[tuple[tuple[int, int], float, int]]:
-    """(origin, nats of the scored counts, their number) of each window of a ring-HMM evaluation set, for the ideal observer.
-
-    SpikeScores(keep_windows=True) lists the same for a model.
+def window_nll(dataset, numbers=None) -> list[tuple[tuple[int, int], float, int]]:
+    """(origin, nats of the scored counts, their number) of each window (or of the windows `numbers`) of a ring-HMM evaluation
+    set, for the ideal observer. SpikeScores(keep_windows=True) lists the same for a model.
     """
+    return [
+        (window.origin, float(window.nll[window.first_scored :].sum()), window.nll[window.first_scored :].size)
+        for window in observe(dataset, numbers)
+    ]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the ideal observer makes of one window."""
+
+    origin: tuple[int, int]
+    counts: np.ndarray
+    """(bins, neurons)."""
+    nll: np.ndarray
+    """Nats of each, -ln P(count | all before it in the window)."""
+    first_scored: int
+    """The bin from which on counts are scored; those before are context."""
+
+
+def observe(dataset, numbers=None) -> Iterator[Observed]:
+    """Each window (or the windows `numbers`) of a ring-HMM evaluation set, by recording where populations differ."""
     groups = {}
-    for i in range(len(dataset)):
+    for i in range(len(dataset)) if numbers is None else numbers:
         row, _ = dataset.origin(i)
         groups.setdefault(None if dataset.store.shared else row, []).append(i)
-    result = []
     for members in groups.values():
         row, _ = dataset.origin(members[0])
         emission = dataset.store.distribution(dataset.store.rates(int(dataset.index.offset[row]), int(dataset.index.n[row])))
         block = max(1, BLOCK_COUNTS // dataset.seq_len)
         for first in range(0, len(members), block):
-            result += _filter([dataset.sample(i) for i in members[first : first + block]], emission, dataset.store.p)
-    return result
+            yield from _filter([dataset.sample(i) for i in members[first : first + block]], emission, dataset.store.p)
 
 
 def _filter(samples, emission, p):
     _, neurons, levels = emission.shape
     bins = (len(samples[0].tokens) - 1) // (neurons + 1)
     tokens = np.stack([sample.tokens[: bins * (neurons + 1)] for sample in samples])
-    # What follows a short window's end reads as large counts; nothing before it depends on them, and they are not scored.
+    # What follows a short window's end reads as large counts; nothing before it depends on them, and they are cut off.
     counts = np.minimum(tokens.reshape(len(samples), bins, neurons + 1)[:, :, 1:], levels - 1).astype(np.int64)
     nll = -np.log(np.take_along_axis(predictive(counts, emission, p), counts[..., None], axis=3)[..., 0])
-    position = np.arange(tokens.shape[1]).reshape(bins, neurons + 1)[:, 1:]
-    begin, end = np.array([sample.labels for sample in samples]).T[..., None, None]
-    scored = (begin <= position) & (position < end)
-    nats, numbers = np.where(scored, nll, 0).sum((1, 2)).tolist(), scored.sum((1, 2)).tolist()
-    return [(sample.origin, *both) for sample, *both in zip(samples, nats, numbers, strict=True)]
+    for sample, its_counts, its_nll in zip(samples, counts, nll, strict=True):
+        first, end = (position // (neurons + 1) for position in sample.labels)
+        yield Observed(sample.origin, its_counts[:end], its_nll[:end], first)
 
 
 @dataclass(frozen=True)
@@ -72,8 +89,18 @@ class Gap:
     nll: float
     floor: float
 
-    def captured(self, hist_nll: float) -> float:
-        """The share of what there is to gain over the per-neuron histogram."""
+    @property
+    def is_leak(self) -> bool:
+        """Whether the model is better than the best by more than chance: it has seen what it should predict."""
+        return self.gap < -3 * self.standard_error
+
+    def captured(self, hist_nll: float) -> float | None:
+        """The share of what there is to gain over the per-neuron histogram.
+
+        None where that is not above the floor: it knows the held-out counts, and of short recordings it knows too much.
+        """
+        if hist_nll <= self.floor:
+            return None
         return (hist_nll - self.nll) / (hist_nll - self.floor)
 
 
@@ -90,4 +117,4 @@ def gap(model, floor) -> Gap:
     # A ratio of sums, since windows differ in how many counts they score
     spread = nats - ideal_nats - mean * number
     standard_error = np.sqrt((spread**2).sum() * len(spread) / max(1, len(spread) - 1)) / number.sum()
-    return Gap(mean, standard_error, nats.sum() / number.sum(), ideal_nats.sum() / number.sum())
+    return Gap(*map(float, (mean, standard_error, nats.sum() / number.sum(), ideal_nats.sum() / number.sum())))

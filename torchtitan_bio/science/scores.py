@@ -6,6 +6,7 @@ mean (the null of the Neural Latents Benchmark, oracle included) and its histogr
 the earlier neurons of the same bin: the sum over a bin is its joint likelihood, and a single term is no forecast.
 """
 
+from dataclasses import dataclass
 from math import lgamma, log
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch.nn.functional import softplus
 
 from torchtitan_bio.data.batch import IGNORED
+from torchtitan_bio.science.units import Units, by_session, standard_error
 
 SEPARATOR = 255
 NUM_COUNTS = 255  # 0 .. 254
@@ -24,22 +26,16 @@ SUMS = ("tokens", "nll_all", "separators", "nll_bos", "counts", "nll", "leak", "
 class SpikeScores:
     """Sums over the windows of an aligned evaluation set, which add up over ranks; `result` makes scores of them.
 
-    With `keep_windows`, `window_nll` lists (origin, nats of the counts under q, number of counts) of each window.
+    With `units` of units.by_recording, scores come with standard errors. With `keep_windows`, `window_nll` lists (origin, nats
+    of the counts under q, number of counts) of each window.
     """
 
-    def __init__(self, dataset, keep_windows=False):
-        self.dataset = dataset
-        rows = range(len(dataset.index.id))
-        self.sources = sorted(set(dataset.index.source_dataset))
-        self.populations = sorted({self._population(row) for row in rows})
-        self.source_of = {self._population(row): self.sources.index(dataset.index.source_dataset[row]) for row in rows}
-        self.sums = np.zeros((len(self.sources), len(SUMS)))
-        self.histograms = {}  # of a population, (neurons, counts up to the largest seen)
+    def __init__(self, dataset, units=None, keep_windows=False):
+        self.dataset, self.with_errors = dataset, units is not None
+        self.units = units or by_session(dataset)
+        self.sums = np.zeros((len(self.units.group), len(SUMS)))
+        self.histograms = {}  # of a cell, (neurons, counts up to the largest seen)
         self.window_nll = [] if keep_windows else None
-
-    def _population(self, row):
-        """The neurons that share a null: those of a session, with all its rows. Rows of another width are other neurons."""
-        return int(self.dataset.session[row]), self.dataset.width(row) - 1
 
     def add(self, logits: torch.Tensor, batch):
         """Score one batch: logits (B, S, vocabulary) on any device, and the batch that they answer."""
@@ -57,8 +53,8 @@ class SpikeScores:
             begin = end
 
     def _add_window(self, origin, positions, labels, terms):
-        population = self._population(origin[0])
-        neuron = (positions + 1) % (population[1] + 1) - 1  # the label at p is token p + 1, and token 0 a separator
+        cell, n = self.units.cell(origin), self.dataset.width(origin[0]) - 1
+        neuron = (positions + 1) % (n + 1) - 1  # the label at p is token p + 1, and token 0 a separator
         is_count = neuron >= 0
         if (is_count == (labels == SEPARATOR)).any():
             raise ValueError(
@@ -71,54 +67,60 @@ class SpikeScores:
         nll, leak = terms["nll"][is_count], terms["leak"][is_count]
         nll_bos = terms["nll_bos"][~is_count].sum()
         rate = (terms["mean"][is_count] - counts * np.log(terms["mean"][is_count])).sum()
-        self.sums[self.source_of[population]] += (
+        self.sums[cell] += (
             *(len(labels), nll.sum() + leak.sum() + nll_bos, len(labels) - len(counts), nll_bos),
             *(len(counts), nll.sum(), leak.sum(), rate, 1),
         )
-        self._add_histogram(population, neuron, counts)
+        self._add_histogram(cell, n, neuron, counts)
         if self.window_nll is not None:
             self.window_nll.append((tuple(origin), float(nll.sum()), len(counts)))
 
-    def _add_histogram(self, population, neuron, counts):
-        known, n = self.histograms.get(population), population[1]
+    def _add_histogram(self, cell, n, neuron, counts):
+        known = self.histograms.get(cell)
         width = max(int(counts.max()) + 1, 0 if known is None else known.shape[1])
         histogram = np.bincount(neuron * width + counts, minlength=n * width).reshape(n, width).astype(np.float64)
         if known is not None:
             histogram[:, : known.shape[1]] += known
-        self.histograms[population] = histogram
+        self.histograms[cell] = histogram
 
     def result(self, sum_array=lambda array: array) -> dict:
         """The scores over all sources, and where there are several also "macro" (their mean) and "sources" (each).
 
         `sum_array` adds a float64 array over ranks, and every rank must call this. A score of nothing (no spike, say) is None.
         """
-        largest = np.zeros((len(self.populations), NUM_COUNTS))
-        for number, population in enumerate(self.populations):
-            if population in self.histograms:
-                largest[number, self.histograms[population].shape[1] - 1] = 1
+        return self.summed(sum_array).scores(self.with_errors)
+
+    def summed(self, sum_array=lambda array: array) -> "CellSums":
+        """What all ranks have added; every rank must call this."""
+        largest = np.zeros((len(self.sums), NUM_COUNTS))
+        for cell, histogram in self.histograms.items():
+            largest[cell, histogram.shape[1] - 1] = 1
         largest = sum_array(largest)
+        neurons = [self.units.populations[population][1] for population in self.units.population.tolist()]
         widths = [int(seen[-1]) + 1 if len(seen := np.flatnonzero(row)) else 0 for row in largest]
         parts = [self.sums]
-        for population, width in zip(self.populations, widths, strict=True):
-            histogram = np.zeros((population[1], width))
-            known = self.histograms.get(population, histogram[:, :0])
+        for cell, shape in enumerate(zip(neurons, widths, strict=True)):
+            histogram = np.zeros(shape)
+            known = self.histograms.get(cell, histogram[:, :0])
             histogram[:, : known.shape[1]] = known
             parts.append(histogram)
         summed = np.split(sum_array(np.concatenate([part.ravel() for part in parts])), np.cumsum([part.size for part in parts]))
-        sums = summed[0].reshape(self.sums.shape)
-        nulls = np.zeros((len(self.sources), 4))
-        for population, part, flat in zip(self.populations, parts[1:], summed[1:], strict=False):
-            nulls[self.source_of[population]] += null_sums(flat.reshape(part.shape))
-        scores = finish(sums.sum(0), nulls.sum(0))
-        if len(self.sources) > 1:
-            each = {source: finish(sums[i], nulls[i]) for i, source in enumerate(self.sources)}
-            scores |= {"macro": mean_over_sources(list(each.values())), "sources": each}
-        return scores
+        sums, *histograms = [flat.reshape(part.shape) for flat, part in zip(summed, parts, strict=False)]
+        nulls = np.zeros((len(sums), 4))
+        for population in range(len(self.units.populations)):
+            cells = np.flatnonzero(self.units.population == population).tolist()
+            pooled = np.zeros((self.units.populations[population][1], max((widths[cell] for cell in cells), default=0)))
+            for cell in cells:
+                pooled[:, : widths[cell]] += histograms[cell]
+            for cell in cells:
+                nulls[cell] = null_sums(histograms[cell], pooled)
+        return CellSums(self.units, sums, nulls)
 
 
 def token_terms(logits, places, labels) -> dict[str, np.ndarray]:
     """Of the logits (tokens, vocabulary) at `places`, float64 on the CPU: `nll` = -ln q(label), `leak` = -ln(1 - p(separator)),
-    `nll_bos` = -ln p(separator), `mean` = sum of k q(k). Computed in fp32 on the logits' device, chunk by chunk."""
+    `nll_bos` = -ln p(separator), `mean` = sum of k q(k), `below` = sum of q(k) over k < label. Computed in fp32 on the logits'
+    device, chunk by chunk."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     chunks = []
     for chunk, label in zip(places.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True):
@@ -127,31 +129,70 @@ def token_terms(logits, places, labels) -> dict[str, np.ndarray]:
         scores[:, SEPARATOR] = -torch.inf
         others = scores.logsumexp(1)
         counts = torch.arange(NUM_COUNTS, device=scores.device, dtype=dtype)
-        mean = (scores[:, :NUM_COUNTS] - others[:, None]).exp() @ counts
-        nll = others - scores.gather(1, label.to(scores.device)[:, None]).squeeze(1)
+        label = label.to(scores.device)[:, None]
+        q = (scores[:, :NUM_COUNTS] - others[:, None]).exp()
+        mean, below = q @ counts, (q * (counts < label)).sum(1)
+        nll = others - scores.gather(1, label).squeeze(1)
         # ln(1 + exp(difference)), because 1 - p would lose what is left of a leak of 1e-8
         leak, nll_bos = softplus(separator - others, threshold=50), softplus(others - separator, threshold=50)
-        chunks.append(torch.stack([nll, leak, nll_bos, mean.clamp(min=torch.finfo(dtype).tiny)]).double().cpu())
-    table = torch.cat(chunks, dim=1).numpy() if chunks else np.zeros((4, 0))
-    return dict(zip(("nll", "leak", "nll_bos", "mean"), table, strict=True))
+        chunks.append(torch.stack([nll, leak, nll_bos, mean.clamp(min=torch.finfo(dtype).tiny), below]).double().cpu())
+    table = torch.cat(chunks, dim=1).numpy() if chunks else np.zeros((5, 0))
+    return dict(zip(("nll", "leak", "nll_bos", "mean", "below"), table, strict=True))
 
 
-def null_sums(histogram) -> np.ndarray:
-    """Of (neurons, counts) times: spikes, and nats under each neuron's own Poisson and its own histogram; sum of ln y!."""
+def null_sums(histogram, pooled) -> np.ndarray:
+    """Of (neurons, counts) times: spikes, and nats under the Poisson of each neuron's mean in `pooled` and under its histogram
+    there; sum of ln y!."""
     times, k = histogram.sum(1), np.arange(histogram.shape[1])
     spikes = histogram @ k
     ln_factorials = (histogram @ LN_FACTORIAL[: len(k)]).sum()
-    mean = spikes / np.maximum(times, 1)
-    poisson = (spikes - spikes * np.log(np.where(spikes > 0, mean, 1))).sum() + ln_factorials
-    share = histogram / np.maximum(times, 1)[:, None]
+    all_times = np.maximum(pooled.sum(1), 1)
+    mean = pooled @ np.arange(pooled.shape[1]) / all_times
+    poisson = (times * mean - spikes * np.log(np.where(spikes > 0, mean, 1))).sum() + ln_factorials
+    share = pooled[:, : len(k)] / all_times[:, None]
     return np.array([spikes.sum(), poisson, -(histogram * np.log(np.where(share > 0, share, 1))).sum(), ln_factorials])
 
 
-def finish(sums, nulls) -> dict:
-    """Scores of the sums over one or more sources, then the totals they stand on."""
-    total = dict(zip(SUMS, sums.tolist(), strict=True))
-    spikes, poisson, histogram, ln_factorials = nulls.tolist()
-    ratios = {
+@dataclass(frozen=True)
+class CellSums:
+    """What scores are made of, cell by cell."""
+
+    units: Units
+    sums: np.ndarray
+    """(cells, SUMS)."""
+    nulls: np.ndarray
+    """(cells, 4), by null_sums."""
+
+    def scores(self, with_errors: bool) -> dict:
+        """Those of all cells, and where there are several groups also "macro" and "sources"."""
+        units = self.units
+        scores = self._finish(np.arange(len(self.sums)), with_errors)
+        if len(units.groups) > 1:
+            each = [self._finish(np.flatnonzero(units.group == group), with_errors) for group in range(len(units.groups))]
+            scores |= {"macro": mean_over_sources(each), "sources": dict(zip(units.groups, each, strict=True))}
+        return scores
+
+    def _finish(self, cells, with_errors):
+        """Scores of some cells, then the totals they stand on."""
+        cells = cells[self.sums[cells, SUMS.index("counts")] > 0]
+        sums, nulls = self.sums[cells], self.nulls[cells]
+        parts, scores = ratios(sums, nulls), {}
+        for name, (above, below) in parts.items():
+            scores[name] = float(above.sum() / below.sum()) if below.sum() else None
+        scores |= {"spikes": int(nulls[:, 0].sum())}
+        scores |= {name: int(sums[:, SUMS.index(name)].sum()) for name in ("counts", "tokens", "windows")}
+        if with_errors:
+            kind, clusters = self.units.clusters(cells)
+            errors = {name: standard_error(above, below, clusters) for name, (above, below) in parts.items()}
+            scores["standard_errors"] = errors | {"over": kind, "number": len(np.unique(clusters))}
+        return scores
+
+
+def ratios(sums, nulls) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(numerators, denominators) of each score, an entry a cell."""
+    total = dict(zip(SUMS, sums.T, strict=True))
+    spikes, poisson, histogram, ln_factorials = nulls.T
+    return {
         "nll": (total["nll"], total["counts"]),
         "nll_all": (total["nll_all"], total["tokens"]),
         "nll_bos": (total["nll_bos"], total["separators"]),
@@ -163,14 +204,18 @@ def finish(sums, nulls) -> dict:
         "null_nll": (poisson, total["counts"]),
         "hist_nll": (histogram, total["counts"]),
     }
-    totals = {"spikes": int(spikes)} | {name: int(total[name]) for name in ("counts", "tokens", "windows")}
-    return {name: value / number if number else None for name, (value, number) in ratios.items()} | totals
 
 
 def mean_over_sources(each: list[dict]) -> dict:
-    """The plain mean of each score over the sources that have it; totals have no mean."""
-    means = {}
-    for name in (name for name in each[0] if name not in ("spikes", "counts", "tokens", "windows")):
-        values = [scores[name] for scores in each if scores[name] is not None]
-        means[name] = sum(values) / len(values) if values else None
-    return means
+    """The plain mean of each score over the sources that have it, with its standard error for just these sources.
+
+    Totals have no mean.
+    """
+    means, errors = {}, {}
+    for name in (name for name in each[0] if name not in ("spikes", "counts", "tokens", "windows", "standard_errors")):
+        having = [scores for scores in each if scores[name] is not None]
+        means[name] = sum(scores[name] for scores in having) / len(having) if having else None
+        of_each = [scores.get("standard_errors", {}).get(name) for scores in having]
+        if of_each and None not in of_each:
+            errors[name] = sum(error**2 for error in of_each) ** 0.5 / len(having)
+    return means | ({"standard_errors": errors} if errors else {})

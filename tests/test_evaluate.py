@@ -1,0 +1,240 @@
+"""evaluate.py from checkpoint to numbers: the same on any number of ranks, those of the run's own validation."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import on_ranks
+from small_llama import SMALL, lively
+from toy_checkpoints import flip_a_bit
+
+import dcp_to_llama
+import evaluate
+import train
+from torchtitan_bio import bridge, config_loader, distributed, resume
+from torchtitan_bio.checkpoint import Checkpointer
+from torchtitan_bio.config import Config, ConfigError, Data, Parallelism, Training
+from torchtitan_bio.data import spikes
+from torchtitan_bio.models.llama3 import Model
+from torchtitan_bio.science import baselines, contamination
+from torchtitan_bio.science.scores import SpikeScores
+
+ARCHITECTURE = dataclasses.replace(SMALL, num_layers=2, vocab_size=256, rope_theta=77.0, rope_scaling_factor=4.0)
+SOURCE = "ring-hmm:n=3,K=8,bins=50,rows=40,test_rows=12"
+SEQ_LEN = 64  # 16 bins
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder with two steps of a model that was never trained, of a run on eight ranks."""
+    folder, world = tmp_path_factory.mktemp("run"), distributed.start()
+    model = lively(Model(ARCHITECTURE))
+    config = Config(
+        data=Data(source=SOURCE),
+        training=Training(seq_len=SEQ_LEN, local_batch_size=3, global_batch_size=24),
+        parallelism=Parallelism(data_parallel_shard_degree=8),
+    )
+    identity = {"family": "llama3", "flavor": "small", "architecture": dataclasses.asdict(ARCHITECTURE)}
+    fingerprint = spikes.build(source=SOURCE, seq_len=SEQ_LEN).fingerprint
+    common = {"global_batch_size": 24, "seq_len": SEQ_LEN, "skipped_in_a_row": 0, "fingerprint": fingerprint}
+    state = resume.train_state(5, **common, config=dataclasses.asdict(config))
+    checkpoints = Checkpointer(folder / "checkpoint", world=world)
+    for step in (3, 5):
+        checkpoints.save(step, model, torch.optim.AdamW(model.parameters()), state, identity)
+        with torch.no_grad():
+            model.norm.weight.mul_(1.5)
+    (folder / "config.toml").write_text(config_loader.dump(config))
+    distributed.stop()
+    return folder
+
+
+def evaluated(checkpoint, out, *words):
+    flags, rest = evaluate.read_own_flags(["--checkpoint", str(checkpoint), "--out", str(out), *map(str, words)])
+    evaluate.main(config_loader.load(rest), flags)
+    return json.loads((Path(out) / "evaluation.json").read_text())
+
+
+def on_a_rank(rank, checkpoint, out, words):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "stop", lambda: None)  # the group is used again
+        flags, rest = evaluate.read_own_flags(["--checkpoint", str(checkpoint), "--out", str(out), *words])
+        evaluate.main(config_loader.load(rest), flags)
+
+
+def numbers(value, path=""):
+    """{path: number} of nested JSON."""
+    if isinstance(value, dict):
+        return {name: n for key, each in value.items() for name, n in numbers(each, f"{path}/{key}").items()}
+    if isinstance(value, list):
+        return {name: n for key, each in enumerate(value) for name, n in numbers(each, f"{path}/{key}").items()}
+    return {path: value} if isinstance(value, int | float) and not path.endswith("seconds") else {}
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    return evaluated(run, tmp_path_factory.mktemp("whole"))
+
+
+def test_the_scores_are_those_of_the_runs_own_validation_and_all_is_written(run, whole, tmp_path, capsys):
+    config = Config(data=Data(source=SOURCE), training=Training(seq_len=SEQ_LEN))
+    world = distributed.start()
+    held_out = spikes.build(source=SOURCE, split="test", mode="aligned", overlap=True, seq_len=SEQ_LEN)
+    model = train.build_model(config, ARCHITECTURE, None, world, lambda line: None).model
+    with torch.no_grad():
+        for own, other in zip(model.parameters(), lively(Model(ARCHITECTURE)).parameters(), strict=True):
+            own.to_local().copy_(other)
+        model.norm.weight.to_local().mul_(1.5)
+    expected = train.validate(model, held_out, world, SpikeScores(held_out), local_batch_size=5)
+    distributed.stop()
+    (record,) = whole["checkpoints"]
+    assert record["step"] == 5 and "newest of 2" in record["loaded"]
+    assert {name: record["scores"][name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    again = evaluated(run / "checkpoint/step-00000005", tmp_path, "--batch", 7, "--by", "recording")
+    assert numbers(again["checkpoints"][0]["scores"]) == pytest.approx(numbers(record["scores"]), rel=1e-6)
+    assert len(again["checkpoints"][0]["groups"]) == 12 and len(again["checkpoints"][0]["curves"]) == 13
+    for picture in ("context.png", "neurons.png", "calibration.png", "groups.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    assert "ideal observer" in said and "model ahead by" in said and "LEAK" not in said and "co-bps" not in said
+
+
+@pytest.mark.parametrize(
+    ("world_size", "words"),
+    [
+        (2, []),
+        (4, ["--batch", "2", "--no-baselines"]),
+        (2, ["--parallelism.context_parallel_degree", "2", "--no-baselines"]),
+        (2, ["--parallelism.context_parallel_degree", "2", "--parallelism.context_parallel_method", "ring", "--no-baselines"]),
+    ],
+    ids=["2 ranks", "4 ranks", "2 ranks that share each window", "2 ranks around a ring"],
+)
+def test_ranks_get_the_numbers_of_one_process(run, whole, tmp_path, world_size, words):
+    on_ranks(world_size, on_a_rank, run, tmp_path, words)
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert numbers(found["checkpoints"]) == pytest.approx(numbers(whole["checkpoints"]), rel=1e-5, abs=1e-6)
+    ours, theirs = (numbers(each["checkpoints"][0]["scores"]) for each in (found, whole))
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    if found["baselines"]:
+        assert numbers(found["baselines"]) == pytest.approx(numbers(whole["baselines"]), rel=1e-5, abs=1e-6)
+
+
+def test_every_checkpoint_makes_a_learning_curve_and_a_broken_one_is_left_out_by_name(run, whole, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    result = evaluated(tmp_path / "run", tmp_path / "all", "--all-checkpoints", "--no-baselines")
+    assert [each["step"] for each in result["checkpoints"]] == [3, 5]
+    assert result["checkpoints"][0]["scores"] != result["checkpoints"][1]["scores"] == whole["checkpoints"][0]["scores"]
+    assert (tmp_path / "all/learning.png").exists() and result["baselines"] == {} and result["warnings"] == []
+    flip_a_bit(next((tmp_path / "run/checkpoint/step-00000005").glob("*.distcp")))
+    rest = evaluated(tmp_path / "run", tmp_path / "rest", "--all-checkpoints", "--no-baselines")
+    assert [each["step"] for each in rest["checkpoints"]] == [3] and "step-00000005" in rest["warnings"][0]
+    assert not (tmp_path / "rest/learning.png").exists()
+    with pytest.raises(ConfigError, match="step-00000005"):
+        evaluated(tmp_path / "run/checkpoint/step-00000005", tmp_path / "none")
+    distributed.stop()
+
+
+def test_the_baselines_are_those_of_the_ladder_and_the_models_lead_over_each_is_the_difference(whole):
+    train_data, held_out = (spikes.build(source=SOURCE, split=split, seq_len=SEQ_LEN) for split in ("train", "test"))
+    expected, ladder = dict(baselines.ladder(train_data, held_out)), whole["baselines"]["all"]
+    assert {rung["name"]: rung["bits_per_spike"] for rung in ladder["rungs"]} == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert ladder["model"]["bits_per_spike"] == pytest.approx(whole["checkpoints"][0]["scores"]["bits_per_spike"], rel=1e-9)
+    for rung in ladder["rungs"]:
+        assert rung["model_ahead"] == pytest.approx(ladder["model"]["bits_per_spike"] - rung["bits_per_spike"], rel=1e-9)
+        assert rung["model_ahead_standard_error"] > 0
+
+
+def test_a_folder_of_hugging_face_scores_as_the_checkpoint_it_was_made_from(run, whole, tmp_path):
+    step, exported = run / "checkpoint/step-00000005", tmp_path / "hf"
+    words = ["--input_dir", str(step), "--output_dir", str(exported), "--dtype", "float32"]
+    bridge.run(lambda: dcp_to_llama.main(dcp_to_llama.parse(words)))
+    with pytest.raises(ConfigError, match="--out says where"):
+        evaluate.out_folder(evaluate.trained.find(exported), evaluate.read_own_flags(["--checkpoint", "x"])[0])
+    result = evaluated(exported, tmp_path / "out", "--data", SOURCE, "--no-baselines", "--training.seq_len", SEQ_LEN)
+    ours, theirs = (numbers(each["checkpoints"][0]["scores"]) for each in (result, whole))
+    assert ours == pytest.approx(theirs, rel=1e-6) and result["checkpoints"][0]["step"] is None
+
+
+def write_recording(folder, split, name, counts, source="m1-a", session="one"):
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    np.savez(folder / split / f"{name}.npz", spike_counts=counts, source_dataset=source, subject_id="s", session_id=session)
+
+
+def test_recordings_sessions_and_benchmarks_that_the_model_was_trained_on_are_told(tmp_path):
+    random, folder = np.random.default_rng(0), tmp_path / "neural-pile-of-mine"
+    first, second, third = (random.poisson(0.5, (3, 60)).astype(np.uint8) for _ in range(3))
+    write_recording(folder, "train", "a", first)
+    write_recording(folder, "test", "b", second)
+    write_recording(folder, "test", "c", third, session="two")
+
+    def build(**changes):
+        return spikes.build(**{"source": str(folder), "seq_len": 24} | changes)
+
+    train_data, held_out = build(), build(split="test", mode="aligned", overlap=True)
+    lines = contamination.warnings(train_data, held_out)
+    assert len(lines) == 3 and lines[0].startswith("1 of 2 held-out recordings are of sessions that are also")
+    assert "was trained on: in m1-a (FALCON (dandiset 000941))" in lines[1] and "FALCON" in lines[2]
+    write_recording(folder, "test", "d", first, session="three")
+    assert contamination.warnings(train_data, build(split="test"))[0].startswith(
+        "1 of 3 held-out recordings are in the training"
+    )
+    assert "nothing is known" in contamination.warnings(None, held_out)[0]
+    # Of rows divided by time no bin is in both parts; of the whole and a part there are.
+    parts = {split: build(split=split, split_by="time").index for split in ("train", "test")}
+    ids = [parts["test"].id[row] for row in contamination.seen_again(parts["train"], parts["test"])]
+    assert len(parts["test"]) == 4 and len(ids) == 0
+    assert len(contamination.seen_again(train_data.index, parts["test"])) == 2  # it is stored twice
+
+
+def test_a_subset_of_windows_is_compared_with_baselines_on_the_same_bins(run, whole, tmp_path):
+    result = evaluated(run, tmp_path, "--windows", 20)
+    scores, ladder = result["checkpoints"][0]["scores"], result["baselines"]["all"]
+    assert scores["windows"] == 20 and result["windows"].startswith("20 of 72")
+    assert ladder["model"]["bits_per_spike"] == pytest.approx(scores["bits_per_spike"], rel=1e-12)
+    assert result["checkpoints"][0]["ideal"]["gap"] != whole["checkpoints"][0]["ideal"]["gap"]
+    assert [rung["name"] for rung in ladder["rungs"]] == [rung["name"] for rung in whole["baselines"]["all"]["rungs"]]
+
+
+def test_other_data_and_another_length_of_windows_are_taken_from_the_command_line(run, tmp_path, capsys):
+    source = "ring-hmm:n=2,K=8,bins=20,rows=4,test_rows=3"
+    result = evaluated(run, tmp_path, "--data", source, "--training.seq_len", 30, "--no-baselines")
+    assert result["data"]["source"] == source and result["seq_len"] == 30
+    assert result["checkpoints"][0]["scores"]["counts"] == 3 * 2 * 20
+    longer = evaluated(run, tmp_path, "--data", source, "--training.seq_len", 96, "--no-baselines", "--split", "train")
+    assert longer["checkpoints"][0]["scores"]["counts"] == 4 * 2 * 20
+    assert "trained on 64: it has never met the positions beyond" in capsys.readouterr().out
+
+
+def test_how_the_run_was_spread_over_devices_is_not_taken_over_but_its_windows_and_data_are(run):
+    found = evaluate.trained.find(run)
+    flags, _ = evaluate.read_own_flags(["--checkpoint", str(run)])
+    config = evaluate.settle(config_loader.load([]), found, flags)
+    assert found.config["parallelism"]["data_parallel_shard_degree"] == 8
+    assert (config.parallelism, config.training.seq_len, config.data.source) == (Parallelism(), SEQ_LEN, SOURCE)
+    assert config.training.local_batch_size == 3 and config.training.global_batch_size == "auto"
+    given = evaluate.settle(config_loader.load(["--training.seq_len", "32", "--data.split_by", "time"]), found, flags)
+    assert (given.training.seq_len, given.data.split_by, given.data.source) == (32, "time", SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "complaint"),
+    [
+        (lambda run: run / "nothing", [], "is not a folder"),
+        (lambda run: run / "checkpoint/step-00000003", ["--all-checkpoints"], "needs a run folder"),
+        (lambda run: run, ["--data", "nowhere.npz"], "nowhere.npz"),
+        (lambda run: run, ["--split", "dev"], "dev"),
+        (lambda run: run, ["--training.seq_len", "7"], "holds 2 bins of no recording"),
+    ],
+    ids=["no folder", "one step", "no data", "no split", "short windows"],
+)
+def test_what_cannot_be_evaluated_is_refused_with_words(run, tmp_path, change, words, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        try:
+            evaluated(change(run), tmp_path, *words)
+        finally:
+            if torch.distributed.is_initialized():
+                distributed.stop()
+    assert not list(tmp_path.iterdir())

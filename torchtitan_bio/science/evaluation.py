@@ -1,0 +1,183 @@
+"""One evaluation: what is summed while a model reads the held-out windows, and what is made of the sums.
+
+Standard errors are of a ratio of sums over recordings, or over stretches of consecutive windows where a group has few
+recordings (units.py). The oracle null is taken as given.
+"""
+
+from dataclasses import dataclass
+from math import log
+
+import numpy as np
+
+from torchtitan_bio.science import baselines, ring_hmm_floor, units
+from torchtitan_bio.science.curves import Curves
+from torchtitan_bio.science.scores import SUMS, CellSums, SpikeScores
+
+GROUPS_SHOWN = 40
+
+
+class Scorer:
+    """For train.validate: the scores with their errors, and the curves."""
+
+    def __init__(self, dataset, by: str = "source_dataset"):
+        self.units = units.by_recording(dataset, by)
+        self.scores = SpikeScores(dataset, self.units, keep_windows=True)
+        self.curves = Curves(dataset, self.units)
+
+    def add(self, logits, batch):
+        self.scores.add(logits, batch)
+        self.curves.add(logits, batch)
+
+    def result(self, sum_array) -> "Measured":
+        return Measured(self.scores.summed(sum_array), self.curves.result(sum_array))
+
+
+@dataclass(frozen=True)
+class Measured:
+    cells: CellSums
+    curves: dict
+    """Of all, and of each group where there are several."""
+
+    def record(self) -> dict:
+        """Scores and curves as JSON, by group."""
+        scores = self.cells.scores(with_errors=True)
+        macro, groups = scores.pop("macro", None), scores.pop("sources", {})
+        return {"scores": scores} | ({"macro": macro, "groups": groups} if groups else {}) | {"curves": self.curves}
+
+
+def against_ideal(dataset, numbers, by: str, measured: Measured, window_nll) -> dict:
+    """How near the model is to the best possible score of ring-HMM data, window by window, and where that is by context.
+
+    numbers: the windows that were scored. window_nll: of SpikeScores, from all ranks.
+    """
+    curves = Curves(dataset, units.by_recording(dataset, by))
+    floor = []
+    for window in ring_hmm_floor.observe(dataset, numbers):
+        scored = window.nll[window.first_scored :]
+        floor.append((window.origin, float(scored.sum()), scored.size))
+        curves.add_window(window.origin, window.counts, window.nll, window.first_scored)
+    found = ring_hmm_floor.gap(window_nll, floor)
+    scores = measured.cells.scores(with_errors=False)
+    null, spikes = scores["null_nll"] * scores["counts"], scores["spikes"] * log(2)
+    return {
+        "floor": found.floor,
+        "gap": found.gap,
+        "standard_error": found.standard_error,
+        "captured": found.captured(scores["hist_nll"]),
+        "bits_per_spike": (null - found.floor * scores["counts"]) / spikes if spikes else None,
+        "is_leak": found.is_leak,
+        "curves": {name: {part: value[part] for part in ("context", "neuron")} for name, value in curves.result().items()},
+    }
+
+
+def against_baselines(dataset, numbers, measured: Measured, scored: baselines.Scored) -> dict:
+    """The model and the baselines on the same bins: those of the recordings that baselines could be fitted for.
+
+    numbers: the windows that were scored. {"all": ladder, and the name of each group where there are several: its own}.
+    """
+    cells, num_cells = measured.cells, len(measured.cells.units.group)
+    nats = {name: np.zeros(num_cells) for name in scored.nats if name != baselines.NULL}
+    up_to = {name: {row: np.append(0, np.cumsum(each)) for row, each in scored.nats[name].items()} for name in nats}
+    for i in range(len(dataset)) if numbers is None else numbers:
+        window = dataset.windows.window(i)
+        row, begin = window.origin
+        if row in scored.spikes:
+            first, end = (begin + position // dataset.width(row) for position in window.labels)
+            for name, of_cell in nats.items():
+                of_cell[cells.units.cell(window.origin)] += up_to[name][row][end] - up_to[name][row][first]
+    is_compared = np.isin(cells.units.row, list(scored.spikes)) & (cells.sums[:, SUMS.index("counts")] > 0)
+    result = {"all": _ladder(cells, np.flatnonzero(is_compared), nats)}
+    if len(cells.units.groups) > 1:
+        for number, name in enumerate(cells.units.groups):
+            result[name] = _ladder(cells, np.flatnonzero(is_compared & (cells.units.group == number)), nats)
+    return {name: ladder for name, ladder in result.items() if ladder}
+
+
+def _ladder(cells: CellSums, chosen, nats) -> dict | None:
+    spikes, null = cells.nulls[chosen, 0] * log(2), cells.nulls[chosen, 1]
+    if not spikes.sum():
+        return None
+    model = cells.sums[chosen, SUMS.index("nll")]
+    _, clusters = cells.units.clusters(chosen)
+
+    def ratio(above):
+        return float(above.sum() / spikes.sum()), units.standard_error(above, spikes, clusters)
+
+    rungs = [{"name": baselines.NULL, "bits_per_spike": 0.0, "standard_error": None}]
+    for name, of_cell in nats.items():
+        value, error = ratio(null - of_cell[chosen])
+        rungs.append({"name": name, "bits_per_spike": value, "standard_error": error})
+    for rung in rungs:
+        ahead, error = ratio((nats[rung["name"]][chosen] if rung["name"] in nats else null) - model)
+        rung |= {"model_ahead": ahead, "model_ahead_standard_error": error}
+    value, error = ratio(null - model)
+    return {"model": {"bits_per_spike": value, "standard_error": error}, "rungs": rungs}
+
+
+# ---- the console
+
+
+def table(record: dict) -> list[str]:
+    """Scores of all, of the mean, of each group."""
+    head = ("bits/spike", "over histogram", "of rates", "bits/count", "nats/count", "spikes")
+    lines = ["", f"{'held-out':<34}" + "".join(f"{word:>18}" for word in head)]
+    rows = {"all counts": record["scores"]}
+    if "groups" in record:
+        shown = sorted(record["groups"].items(), key=lambda each: -each[1]["spikes"])[:GROUPS_SHOWN]
+        rows |= {f"mean of {len(record['groups'])} groups": record["macro"], **dict(shown)}
+    for name, scores in rows.items():
+        errors = scores.get("standard_errors", {})
+        columns = [
+            with_error(scores[key], errors.get(key))
+            for key in ("bits_per_spike", "bits_per_spike_hist", "bits_per_spike_rate", "bits_per_count", "nll")
+        ]
+        columns.append(f"{scores['spikes']:,}" if "spikes" in scores else "")
+        lines.append(f"  {name[-32:]:<32}" + "".join(f"{column:>18}" for column in columns))
+    if len(record.get("groups", {})) > GROUPS_SHOWN:
+        lines.append(f"  ... those with most spikes; all {len(record['groups'])} are in evaluation.json")
+    scores = record["scores"]
+    if scores["standard_errors"]["number"] > 1:
+        lines.append(f"  standard errors over {scores['standard_errors']['number']} {scores['standard_errors']['over']}")
+    lines.append(
+        f"  all labels {figure(scores['nll_all'])} nats, separators {figure(scores['nll_bos'])}, "
+        f"given to the separator inside bins {figure(scores['leak'])}"
+    )
+    pit = record["curves"]["all"]["pit"]
+    if pit:
+        lines.append(f"  calibration: the distribution of u is at most {pit['distance']:.4f} from uniform (0: calibrated)")
+    return lines
+
+
+def ideal_lines(ideal: dict) -> list[str]:
+    """The gap to the best possible score."""
+    gap, error = (ideal[name] / ideal["floor"] for name in ("gap", "standard_error"))
+    lines = [
+        "",
+        f"ideal observer of these windows: {ideal['floor']:.4f} nats/count, {figure(ideal['bits_per_spike'])} bits/spike",
+        f"  the model is {ideal['gap']:.4f} +- {ideal['standard_error']:.4f} nats/count above, {gap:.2%} +- {error:.2%}",
+    ]
+    if ideal["captured"] is not None:
+        lines.append(f"  it has captured {ideal['captured']:.1%} of what there is to gain over the histogram")
+    if ideal["is_leak"]:
+        lines.append("LEAK: a model that is better than the best possible one sees what it should predict (mask, label shift)")
+    return lines
+
+
+def ladder_lines(ladder: dict) -> list[str]:
+    """The model among the baselines, the best one last, with how far it is ahead of each."""
+    rungs = [*ladder["rungs"], {"name": "this model", **ladder["model"]}]
+    lines = ["", f"{'held-out bits/spike':<46}{'':>16}{'model ahead by':>20}"]
+    for rung in sorted(rungs, key=lambda rung: rung["bits_per_spike"]):
+        ahead = with_error(rung["model_ahead"], rung["model_ahead_standard_error"]) if "model_ahead" in rung else ""
+        lines.append(
+            f"  {rung['name']:<44}{with_error(rung['bits_per_spike'], rung['standard_error']):>16}{ahead:>20}".rstrip()
+        )
+    return lines
+
+
+def with_error(value, error) -> str:
+    return figure(value) + (f" +- {error:.3f}" if error is not None else "")
+
+
+def figure(value) -> str:
+    return "-" if value is None else f"{value:.3g}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"
