@@ -244,7 +244,7 @@ def training_data(config: Config):
 def why_not_at_hand(config: Config) -> str:
     """Why the data's index cannot be had without a network or a pass over the data; empty where it can."""
     section = config.data
-    if section.source.startswith("ring-hmm"):
+    if section.source.startswith("ring-hmm") or sources.is_store(section.source):
         return ""
     try:
         splits = sources.find_files(section.source, section.split)

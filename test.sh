@@ -12,6 +12,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./train.sh
 
-find_python dev pytest transformers safetensors datasets torchdata tensorboard blobfile
+find_python dev pytest transformers safetensors datasets torchdata tensorboard blobfile h5py
 export CUDA_VISIBLE_DEVICES="" HIP_VISIBLE_DEVICES=""
 exec "$python" -m pytest "$@"

@@ -2,9 +2,10 @@
 
     python benchmarks/data.py [--megabytes 256] [--repeats 5] [--seconds 1]
 
-The file is Arrow as the hub has it, made in a temporary folder, and lies in the page cache. Its rows have 10 to 2,000 neurons
-and up to 5 M counts. Rates are tokens a second of processor time, so that a busy machine does not blur them, and the median of
-the repeats, in which the ways take turns; waits are by the clock. Only ratios travel between machines.
+The file is Arrow as the hub has it, made in a temporary folder, and lies in the page cache; so does the store that prepare.py
+makes of it. Rows have 10 to 2,000 neurons and up to 5 M counts. Rates are tokens a second of processor time, so that a busy
+machine does not blur them, and the median of the repeats, in which the ways take turns; waits are by the clock. Only ratios
+travel between machines.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import pyarrow as pa
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from torchtitan_bio.data import spikes
+from torchtitan_bio.data import conversion, rows, spikes
 
 NEURONS = (10, 40, 96, 192, 700, 2000)
 ROW_COUNTS = 5_000_000
@@ -117,17 +118,20 @@ def memory(key):
     return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1000
 
 
-def measure(path, folder, seq_len, repeats, seconds):
+def measure(path, prepared, folder, seq_len, repeats, seconds):
     """({way: its (rate, worst wait) of each repeat}, MB that this process came to hold beyond mapped pages)."""
-    dataset = open_dataset(path, folder, seq_len)
+    dataset, of_store = (open_dataset(source, folder, seq_len) for source in (path, prepared))
     ways = {
         "copy of memory": lambda: copy_rate(path, seconds),
         "samples": lambda: rate(our_windows(dataset), seq_len, seconds),
         "batches": lambda: rate(our_batches(dataset), seq_len, seconds),
+        "samples, store": lambda: rate(our_windows(of_store), seq_len, seconds),
+        "batches, store": lambda: rate(our_batches(of_store), seq_len, seconds),
         "predecessor": lambda: rate(predecessor_windows(path, seq_len), seq_len, 4 * seconds),
     }
     held = memory("RssAnon")
-    ways["samples"](), ways["batches"]()  # so that the pages are mapped, as they are after the first epoch
+    for name in ("samples", "batches", "samples, store", "batches, store"):
+        ways[name]()  # so that the pages are mapped, as they are after the first epoch
     grown = memory("RssAnon") - held
     turns = [{name: run() for name, run in ways.items()} for _ in range(repeats)]
     return {name: [turn[name] for turn in turns] for name in ways}, grown
@@ -136,13 +140,17 @@ def measure(path, folder, seq_len, repeats, seconds):
 def main(megabytes, repeats, seconds):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "pile.arrow"
+        path, prepared = Path(folder) / "pile.arrow", Path(folder) / "store"
         write_recordings(path, megabytes)
         begin = time.perf_counter()
         open_dataset(path, folder, 2048)
-        print(f"index of {path.stat().st_size / 1e6:.0f} MB: {1000 * (time.perf_counter() - begin):.0f} ms")
+        megabytes = path.stat().st_size / 1e6
+        print(f"index of {megabytes:.0f} MB: {1000 * (time.perf_counter() - begin):.0f} ms")
+        begin = time.perf_counter()
+        conversion.convert(rows.find(str(path)), prepared, conversion.Settings())
+        print(f"conversion into a prepared store: {megabytes / (time.perf_counter() - begin):.0f} MB/s")
         for seq_len in (131_072, 8_192):
-            results, grown = measure(path, folder, seq_len, repeats, seconds)
+            results, grown = measure(path, prepared, folder, seq_len, repeats, seconds)
             medians = {name: statistics.median(found for found, _ in runs) for name, runs in results.items()}
             print(f"\nwindows of {seq_len:,} tokens")
             print(f"  {'':16}{'Mtok/s':>10}{'of a copy':>11}{'x predecessor':>15}{'worst wait, ms':>16}")
@@ -150,8 +158,9 @@ def main(megabytes, repeats, seconds):
                 worst = statistics.median(worst for _, worst in results[name])
                 shares = f"{median / medians['copy of memory']:>11.2%}{median / medians['predecessor']:>15.1f}"
                 print(f"  {name:16}{median / 1e6:>10.2f}{shares}{1000 * worst:>16.2f}")
-            first, resume = first_and_resume_s(path, folder, seq_len)
-            print(f"  first window {1000 * first:.2f} ms, with opening the file; resume anywhere {1000 * resume:.2f} ms")
+            for source in (path, prepared):
+                first, resume = (1000 * seconds_to for seconds_to in first_and_resume_s(source, folder, seq_len))
+                print(f"  {source.name}: first window {first:.2f} ms, with opening it; resume anywhere {resume:.2f} ms")
             print(f"  memory grew by {grown:.1f} MB beyond mapped pages")
 
 

@@ -71,6 +71,6 @@ def test_no_two_commands_of_the_readme_ask_one_run_folder_for_different_runs(mon
 @pytest.mark.parametrize("page", PAGES)
 def test_every_setting_that_a_page_names_exists(page):
     words = re.findall(r"\b([a-z_]+)\.([a-z_]+)\b", PAGES[page])
-    files = ("py", "json", "jsonl", "toml")
+    files = ("py", "json", "jsonl", "toml", "md")
     named = {f"{section}.{key}" for section, key in words if section in config_loader.SECTIONS and key not in files}
     assert named - set(config_loader.KINDS) == set()

@@ -76,12 +76,13 @@ class Model:
 class Data:
     source: str = "embedded:a2929"
     """Where recordings come from: embedded:a2929, a Hugging Face data set (eminorhan/neural-pile-primate), a folder or file of
-    Parquet, Arrow or npz, or ring-hmm:key=value,... for synthetic populations with a known limit."""
+    Parquet, Arrow or npz, a store that prepare.py made, or ring-hmm:key=value,... for synthetic populations with a known
+    limit."""
     split: str = "train"
     """Which split is trained on."""
     split_by: Literal["given", "session", "time"] = "given"
-    """How train and test are told apart. given: as the files say; session: by a hash of subject and session, 1% is test; time:
-    the last 20% of each row is test."""
+    """How train and test are told apart. given: as the files or a store's index say; session: by a hash of subject and session,
+    1% is test; time: the last 20% of each row is test."""
     mode: Literal["stream", "aligned", "legacy"] = "stream"
     """How windows are cut. stream: shuffled recordings end to end; aligned: from a separator, inside one recording; legacy: the
     predecessor's windows, bit for bit, on one rank."""

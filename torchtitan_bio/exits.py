@@ -49,7 +49,7 @@ def run(main: Callable[[], int | None]) -> int:
             print(f"this run cannot work{where}:", *error.problems, sep="\n  ", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        print("interrupted; the same command goes on from what is whole", file=sys.stderr)
         code = 130
     except BaseException:
         traceback.print_exc()

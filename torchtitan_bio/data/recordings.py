@@ -115,6 +115,19 @@ class Recordings:
             yield from chunks
 
 
+def read_rows(file):
+    """(index, row of it, counts (n, t) as they are stored or None where it has a fault), row by row, holding a few at a time.
+
+    For what goes through everything once: it leaves no index, and of a large Parquet file no Arrow copy.
+    """
+    with sources.reading(file):
+        for chunk in [_npz_chunk(file)] if file.suffix == ".npz" else map(_arrow_chunk, sources.stream_batches(file)):
+            index = _scan(0, chunk)
+            for row in range(len(index)):
+                n, t, offset = int(index.n[row]), int(index.t[row]), int(index.offset[row])
+                yield index, row, None if index.fault[row] else chunk.counts[offset : offset + n * t].reshape(n, t)
+
+
 def decode(counts, clipped):
     """Counts as they are read, uint8 and at most 254: a view of uint8 that hold nothing to clip.
 
@@ -251,7 +264,7 @@ def _scan(number, chunk):
             return 0, 0, f"negative: a count of {least}"
         # Finding the largest takes a tenth of the time of comparing each, and nearly no row holds one that is too large.
         clipped = int(np.count_nonzero(counts > LARGEST_COUNT)) if counts.max() > LARGEST_COUNT else 0
-        return clipped, _checksum(counts, clipped), ""
+        return clipped, checksum_counts(counts, clipped), ""
 
     with ThreadPoolExecutor(max_workers=8) as pool:  # NumPy lets go of the interpreter, and a network disk likes company
         clipped, checksum, fault = zip(*pool.map(look, range(len(n))), strict=True) if len(n) else ((), (), ())
@@ -272,7 +285,8 @@ def _scan(number, chunk):
     )
 
 
-def _checksum(counts, clipped):
+def checksum_counts(counts, clipped):
+    """crc32 of a flat run of counts as they are read."""
     checksum = 0
     for at in range(0, len(counts), CHECKSUM_COUNTS):
         checksum = zlib.crc32(decode(counts[at : at + CHECKSUM_COUNTS], clipped), checksum)
@@ -280,11 +294,14 @@ def _checksum(counts, clipped):
 
 
 def _concatenate(parts):
-    """One index of many; a row without a name is called by its number."""
+    """One index of many."""
     columns = {}
     for field in fields(Index):
         pieces = [getattr(part, field.name) for part in parts]
         numeric = bool(pieces) and isinstance(pieces[0], np.ndarray)
         columns[field.name] = np.concatenate(pieces) if numeric else [text for piece in pieces for text in piece]
-    columns["id"] = [name or f"row {row}" for row, name in enumerate(columns["id"])]
-    return Index(**columns)
+    return Index(**columns | {"id": name_rows(columns["id"])})
+
+
+def name_rows(names):
+    return [name or f"row {row}" for row, name in enumerate(names)]

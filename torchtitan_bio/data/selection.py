@@ -23,16 +23,52 @@ def split_rows(index, split, split_by):
     if split_by == "time":
         cut = index.t - index.t // 5
         return index.between(0 * cut, cut) if split == "train" else index.between(cut, index.t)
-    keys = [keyed.text_key(f"{subject}/{session}") for subject, session in zip(index.subject_id, index.session_id, strict=True)]
-    is_test = np.array(keys, dtype=np.uint64) < np.uint64(TEST_SHARE_OF_SESSIONS * 2**64)
+    keys = group_keys(index, "session")
+    is_test = keys < np.uint64(TEST_SHARE_OF_SESSIONS * 2**64)
     rows = np.flatnonzero(is_test == (split == "test"))
     if not len(rows):
-        sessions = number_of(len(set(keys)), "session")
+        sessions = number_of(len(set(keys.tolist())), "session")
         raise ValueError(
             f"data.split_by='session' leaves no recording for {split!r}: of {sessions} none falls on that side "
             f"of {TEST_SHARE_OF_SESSIONS:.0%}. Use data.split_by='time' for few sessions"
         )
     return index.take(rows)
+
+
+def group_keys(index, by):
+    """A number below 2^64 for each row, by a hash of its subject, of its subject and session, or of its own name. It depends on
+    nothing else, so a row keeps its side when others come or go."""
+    names = {
+        "subject": index.subject_id,
+        "session": [f"{subject}/{session}" for subject, session in zip(index.subject_id, index.session_id, strict=True)],
+        "row": index.id,
+    }[by]
+    return np.array([keyed.text_key(name) for name in names], dtype=np.uint64)
+
+
+def draw_splits(index, by, *, test, validation=0.0):
+    """The split of each row: those whose key lies in the lowest `test` of all keys are test, those in the next `validation` are
+    validation, the rest train. ValueError where a row does not name what it is told by, or where a split that is asked for gets
+    none."""
+    if by == "subject" and not all(index.subject_id):
+        raise ValueError(f"{_unnamed(index, index.subject_id)} name no subject; divide them by session or row")
+    if by == "session" and not all(index.session_id):
+        raise ValueError(f"{_unnamed(index, index.session_id)} name no session; divide them by subject or row")
+    at = group_keys(index, by) * 2.0**-64
+    splits = np.where(at < test, "test", np.where(at < test + validation, "validation", "train"))
+    for name, share in (("test", test), ("validation", validation), ("train", 1 - test - validation)):
+        if share > 0 and name not in splits:
+            groups = number_of(len(set(at.tolist())), by)
+            raise ValueError(
+                f"by {by}, of {groups} none falls into {name!r} ({share:.3g} of all). In order of their keys they lie at "
+                + ", ".join(f"{place:.3f}" for place in sorted(set(at.tolist()))[:12])
+                + ": choose shares that part these, test from 0 up and validation after it"
+            )
+    return splits.tolist()
+
+
+def _unnamed(index, names):
+    return f"{sum(not name for name in names):,} of {number_of(len(index), 'row')}"
 
 
 def keep_sources(index, include, exclude):

@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 SUFFIXES = (".parquet", ".arrow", ".npz")
 SPLITS = ("train", "test", "validation", "valid", "val", "dev")
 IN_MEMORY_BYTES = 64 * 2**20  # a larger Parquet file is turned into Arrow once, because only Arrow can be mapped
+STORE_MARK, STORE_INDEX = "prepared.json", "index.parquet"  # in a folder that prepare.py made
 END_BYTES, INNER_BYTES, INNER_BLOCKS = 2**16, 2**12, 16  # of a file, looked at for its key
+BATCH_ROWS = 8  # of Parquet at a time: a row of the Pile is 10 MB, and an offset of Arrow's lists has 31 bits
 
 # What .map() and a download that was cut short leave beside the data.
 LEFTOVER = re.compile(r"(cache-[0-9a-f]{8,}(_\d+_of_\d+)?|tmp\w{8})\.arrow|.*\.incomplete")
@@ -36,13 +38,14 @@ def reading(file):
 
 
 def find_files(source, split):
-    """{split: files} of an embedded recording, a file or folder, or a Hugging Face data set in the local cache."""
+    """{split: files} of an embedded recording, a file or folder, or a Hugging Face data set in the local cache; of a prepared
+    store the one file that is its index."""
     if source.startswith("embedded:"):
         return _embedded(source)
     with reading(source):
         is_local = Path(source).exists()
     if is_local:
-        return _local(Path(source), split)
+        return _of_store(Path(source)) if is_store(source) else _local(Path(source), split)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.endswith(SUFFIXES):
         return _hub_cache(source)
     raise ValueError(
@@ -57,6 +60,22 @@ def _embedded(source):
     if folder.name not in names:
         raise ValueError(f"no embedded recording {source!r}; there is {', '.join('embedded:' + name for name in names)}")
     return {split: [folder / f"{split}.parquet"] for split in ("train", "test")}
+
+
+def is_store(source):
+    """Whether it is a folder that prepare.py made or began."""
+    return (Path(source) / STORE_MARK).is_file()
+
+
+def _of_store(folder):
+    index = folder / STORE_INDEX
+    if not index.exists():
+        raise ValueError(
+            f"{folder} is not finished: prepare.py stopped before its last row. The same command as before goes on with it"
+        )
+    with reading(index):
+        splits = pq.read_table(index, columns=["split"], partitioning=None)["split"].unique().to_pylist()
+    return {split: [index] for split in splits}
 
 
 def _local(path, split):
@@ -78,9 +97,14 @@ def _local(path, split):
     return splits
 
 
+def data_files(folder):
+    """The files of a folder that are read."""
+    return _files_below(Path(folder))[0]
+
+
 def skipped_files(source):
     """(file, reason) of the files of a folder that would be data by their names, and are not."""
-    return _files_below(Path(source))[1] if Path(source).is_dir() else []
+    return _files_below(Path(source))[1] if Path(source).is_dir() and not is_store(source) else []
 
 
 def _files_below(path):
@@ -95,6 +119,8 @@ def _files_below(path):
         folders = list(os.walk(path, onerror=refuse))
     for folder, _, names in folders:
         folder = Path(folder)
+        if STORE_MARK in names:
+            raise ValueError(f"{folder} is a prepared store inside {path}; name it itself, or convert both into one")
         candidates = [folder / name for name in names if Path(name).suffix in SUFFIXES]
         saved = _saved_files(folder / "state.json") if "state.json" in names else None
         if saved is None:
@@ -167,7 +193,7 @@ def _facts(file):
         return file.name, size, status.st_mtime_ns, checksum
 
 
-def write_whole(path, write):
+def write_whole(path, write, remedy="Set data.index_folder to a folder that can be written"):
     """`write(temporary path)`, then rename: whoever finds `path` finds all of it, also when two processes make it at once.
 
     A folder that cannot be written is found out before `write` begins its work.
@@ -177,10 +203,7 @@ def write_whole(path, write):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()  # not by tempfile, whose files only their owner may read: others share this one
     except OSError as error:
-        raise ValueError(
-            f"{path.parent} cannot be written ({error}), and {path.name} is not in it yet. "
-            f"Set data.index_folder to a folder that can be written"
-        ) from error
+        raise ValueError(f"{path.parent} cannot be written ({error}), and {path.name} is not in it yet. {remedy}") from error
     try:
         write(str(temporary))
         with temporary.open("rb+") as written:
@@ -201,6 +224,23 @@ def record_batches(file, cache_folder):
         return _mapped_batches(arrow)
 
 
+def stream_batches(file):
+    """The record batches of a Parquet or Arrow file, one after another, without a copy on disk or in memory."""
+    if file.suffix == ".arrow":
+        return iter(_mapped_batches(file))
+    return pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS)
+
+
+def num_rows(file):
+    """As the file says, without reading them."""
+    with reading(file):
+        if file.suffix == ".npz":
+            return 1
+        if file.suffix == ".arrow":
+            return sum(batch.num_rows for batch in _mapped_batches(file))
+        return pq.read_metadata(file).num_rows
+
+
 def _mapped_batches(file):
     mapped = pa.memory_map(str(file))
     is_stream = mapped.read(6) != b"ARROW1"  # `datasets` writes the stream format, which has no footer
@@ -219,8 +259,7 @@ def _as_arrow(file, cache_folder):
         def write(temporary):
             parquet = pq.ParquetFile(file)
             with pa.OSFile(temporary, "wb") as out, pa.ipc.new_file(out, parquet.schema_arrow) as writer:
-                # A few rows at a time: a row of the Pile is 10 MB, and an offset of Arrow's lists has 31 bits.
-                for batch in parquet.iter_batches(batch_size=8):
+                for batch in parquet.iter_batches(batch_size=BATCH_ROWS):
                     writer.write_batch(batch)
 
         write_whole(arrow, write)

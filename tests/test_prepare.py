@@ -1,0 +1,256 @@
+"""prepare.py from the command line: from a lab's files to what training reads, what inspect says, how split divides."""
+
+import json
+import subprocess
+import sys
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from nwb_files import poisson_units, write_nwb
+from spike_files import build, recordings, table, write_arrow
+
+import prepare
+from torchtitan_bio.config import ConfigError
+from torchtitan_bio.data import keyed, store
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*words):
+    prepare.main(prepare.read_flags([str(word) for word in words]))
+
+
+def test_a_labs_nwb_files_become_a_store_that_training_reads(tmp_path, capsys):
+    pytest.importorskip("h5py", reason="NWB files are read with h5py, the extra nwb")
+    lab, mylab = tmp_path / "lab", tmp_path / "mylab"
+    lab.mkdir()
+    intervals = {"trials": ([4.0, 9.0], [8.0, 21.0])}
+    times = [poisson_units(num_units=n, seed=n) for n in (3, 5)]
+    times[1][0] = np.array([5.0, np.nan])
+    for number, of_session in enumerate(times):
+        write_nwb(lab / f"{number}.nwb", of_session, session=f"day{number}", intervals=intervals)
+    run("spikes", lab, "--bin-width", 0.05, "--interval", "trials", "--out", mylab)
+    said = capsys.readouterr().out
+    assert "1.nwb: 1 spike times are not numbers (NaN or infinite) and are left out: unit 0" in said
+    assert f"{mylab}: 4 rows, 2,560 counts, made in" in said
+    dataset = build(mylab, split_by="time")
+    assert dataset.index.id == [f"mylab/m1/day{day}/trials-{trial}" for day in (0, 1) for trial in (0, 1)]
+    for row, (day, trial) in enumerate((day, trial) for day in (0, 1) for trial in (0, 1)):
+        edges = intervals["trials"][0][trial] + 0.05 * np.arange((80, 240)[trial] + 1)
+        expected = np.stack([np.histogram(of_unit[np.isfinite(of_unit)], edges)[0] for of_unit in times[day]])
+        assert (dataset.counts(row) == expected[:, : dataset.index.t[row]]).all()
+    assert dataset.summary()["bin_width_s"] == 0.05
+    assert store.read_table(mylab)["origin_s"].to_pylist() == [4.0, 9.0] * 2
+    run("spikes", lab, "--bin-width", 0.05, "--interval", "trials", "--out", mylab)
+    assert "is finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (["spikes", "nowhere.nwb", "--out", "{}/out"], "nowhere.nwb does not exist"),
+        (["spikes", "nowhere", "--out", "{}/out"], "neither an existing file or folder"),
+        (["spikes", "{}/in", "--out", "{}/in/out"], "lies in .*name a folder elsewhere"),
+        (["spikes", "{}/in", "--out", "{}/in"], "lies in .*name a folder elsewhere"),
+        (["spikes", "{}/in", "--out", "{}"], "holds something else, empty for instance"),
+        (["spikes", "{}/in", "--out", "{}/out", "--bin-width", "0"], "--bin-width=0.0 must be a positive number"),
+        (["spikes", "{}/in", "--out", "{}/out", "--bin-width", "nan"], "--bin-width=nan must be a positive number"),
+        (["spikes", "{}/in", "--out", "{}/out", "--order", "{}/none"], "none cannot be read: .*No such file"),
+        (["spikes", "ring-hmm:n=4", "--out", "{}/out"], "nothing to prepare"),
+        (["inspect", "{}/in", "--bin-width", "-1"], "--bin-width=-1.0 must be"),
+        (["inspect", "{}/in", "--out", "{}/in/x.parquet"], "x.parquet is a file"),
+        (["inspect", "{}/empty"], "expected .parquet, .arrow, .npz files"),
+        (["split", "{}/in", "--by", "session"], "in is not a prepared store: prepare.py spikes .*in --out"),
+        (["split", "{}/in", "--by", "session", "--test", "1"], "leave something for train"),
+        (["split", "{}/in", "--by", "row", "--test", "0.6", "--validation", "0.5"], "leave something for train"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_words_and_leaves_nothing(tmp_path, words, complaint):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "empty").mkdir()
+    pq.write_table(table(recordings(3)), tmp_path / "in" / "x.parquet")
+    with pytest.raises(ConfigError, match=complaint):
+        run(*(word.format(tmp_path) for word in words))
+    assert not (tmp_path / "out").exists() and [path.name for path in (tmp_path / "in").iterdir()] == ["x.parquet"]
+
+
+def test_the_process_ends_with_2_and_a_line_for_what_its_user_can_mend():
+    command = [sys.executable, str(ROOT / "prepare.py"), "inspect", "nowhere"]
+    answer = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})
+    assert answer.returncode == 2 and "'nowhere' is neither an existing file or folder" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize(
+    "text, size", [("512M", 2**29), ("1G", 2**30), ("1.5k", 1536), ("1000", 1000), ("0", None), ("G", None)]
+)
+def test_sizes_of_files_are_read_with_their_unit(text, size):
+    words = ["spikes", "x", "--out", "y", "--shard-size", text]
+    if size is None:
+        with pytest.raises(SystemExit):
+            prepare.read_flags(words)
+    else:
+        assert prepare.read_flags(words).shard_size == size
+
+
+# ---- inspect ----
+
+
+def three_labs(path):
+    """Rows of three sources, of which one is there twice, one is ragged, one has counts above 254 and silent neurons."""
+    rng = np.random.default_rng(2)
+    matrices = [rng.poisson(rng.gamma(0.5, 0.6, (n, 1)), (n, bins)) for n, bins in ((4, 700), (9, 300), (2, 80), (5, 60))]
+    matrices += [matrices[1].copy(), np.array([[0, 300, 254], [0, 0, 0]])]
+    columns = {"source_dataset": ["a", "b", "b", "a", "b", "c", "c"], "segment_id": [f"s{i}" for i in range(7)]}
+    pq.write_table(table([*matrices, [[1, 2], [3]]], pa.list_(pa.list_(pa.int64())), **columns), path)
+    return matrices, columns["source_dataset"]
+
+
+def plain_figures(matrices, width):
+    """By loops over plain arrays."""
+    clipped = [np.minimum(matrix, 254) for matrix in matrices]
+    counts = Counter(np.concatenate([matrix.ravel() for matrix in clipped]).tolist())
+    total = sum(counts.values())
+    spikes = sum(value * times for value, times in counts.items())
+    return {
+        "counts": total,
+        "spikes": spikes,
+        "neurons": [min(map(len, matrices)), max(map(len, matrices))],
+        "bins": sum(matrix.shape[1] for matrix in matrices),
+        "seconds": pytest.approx(width * sum(matrix.shape[1] for matrix in matrices)),
+        "zeros": counts[0] / total,
+        "spikes_per_bin": pytest.approx(spikes / total),
+        "spikes_per_s": pytest.approx(spikes / total / width),
+        "bits_per_count": pytest.approx(-sum(times / total * np.log2(times / total) for times in counts.values())),
+        "silent_neurons": sum(int((matrix.sum(1) == 0).sum()) for matrix in matrices),
+        "clipped": sum(int((matrix > 254).sum()) for matrix in matrices),
+        "histogram": [counts[value] for value in range(max(counts) + 1)],
+    }
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_inspect_says_of_files_and_of_their_store_what_plain_loops_find(tmp_path, capsys, prepared):
+    matrices, names = three_labs(tmp_path / "x.parquet")
+    source = tmp_path / "x.parquet"
+    if prepared:
+        run("spikes", source, "--bin-width", 0.05, "--out", tmp_path / "store")
+        source = tmp_path / "store"
+    run("inspect", source, *([] if prepared else ["--bin-width", 0.05]), "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "inventory.json").read_text())
+    expected = {name: plain_figures([m for m, of in zip(matrices, names, strict=False) if of == name], 0.05) for name in "abc"}
+    assert {of["source_dataset"]: {key: of[key] for key in expected["a"]} for of in found["sources"]} == expected
+    assert {key: found["total"][key] for key in expected["a"]} == plain_figures(matrices, 0.05)
+    assert [(of["source_dataset"], of["rows"], of["malformed"], of["twice"]) for of in found["sources"]] == [
+        ("b", 3, 0, 1),
+        ("a", 2, 0, 0),
+        ("c", 2, 1, 0),
+    ]
+    assert found["malformed"] == [["c/mouse0/1/s6", "c", "ragged: its neurons have from 1 to 2 bins"]]
+    assert found["twice"] == [["b/mouse0/1/s4", "b/mouse1/1/s1"]]
+    assert sum(found["total"]["neurons_by_rate"]) + found["total"]["silent_neurons"] == sum(map(len, matrices))
+    said = capsys.readouterr().out
+    for line in ("malformed: c/mouse0/1/s6: ragged", "there twice: b/mouse0/1/s4 has the counts of b/mouse1/1/s1", "all  "):
+        assert line in said
+    assert str(tmp_path) not in (tmp_path / "out" / "inventory.json").read_text()
+    assert (tmp_path / "out" / "inventory.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_a_bin_width_nothing_is_said_of_seconds(tmp_path, capsys):
+    pq.write_table(table(recordings(3)), tmp_path / "x.parquet")
+    run("inspect", tmp_path / "x.parquet")
+    said = capsys.readouterr().out
+    assert "/bin" in said and "/s " not in said and sorted(path.name for path in tmp_path.iterdir()) == ["x.parquet"]
+
+
+def test_a_byte_that_changed_in_a_store_is_found_by_inspect(tmp_path, capsys):
+    run("spikes", "embedded:a2929", "--out", tmp_path / "store")
+    (shard,) = (tmp_path / "store").glob("*.u8")
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    run("inspect", tmp_path / "store")
+    assert "malformed: pynapple-A2929/A2929/200711/sleep-train: damaged: its bytes are not those" in capsys.readouterr().out
+
+
+def test_neither_inspect_nor_a_conversion_holds_more_than_a_row_or_so(tmp_path):
+    rng, (n, bins, num_rows) = np.random.default_rng(0), (50, 40_000, 20)
+    counts = rng.integers(0, 3, num_rows * n * bins, np.uint8)
+    inner = pa.ListArray.from_arrays(pa.array(np.arange(num_rows * n + 1, dtype=np.int32) * bins), pa.array(counts))
+    outer = pa.ListArray.from_arrays(pa.array(np.arange(num_rows + 1, dtype=np.int32) * n), inner)
+    write_arrow(tmp_path / "x.arrow", pa.table({"spike_counts": outer}), max_rows=1)
+    del counts, inner, outer
+    for words in (["inspect", tmp_path / "x.arrow"], ["spikes", tmp_path / "x.arrow", "--out", tmp_path / "store"]):
+        tracemalloc.start()
+        run(*words)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 16 * 2**20 < num_rows * n * bins, (words[0], peak)  # of which bincount's 2**20 integers are 8
+
+
+def test_a_synthetic_population_is_inspected_too(capsys):
+    run("inspect", "ring-hmm:n=3,bins=16,rows=20,test_rows=5")
+    assert "splits: test 5, train 20" in capsys.readouterr().out
+
+
+# ---- split ----
+
+
+def many_sessions(path, num=60):
+    rng = np.random.default_rng(0)
+    subjects = [f"m{i % 20}" for i in range(num)]
+    matrices = [rng.integers(0, 3, (3, 10)) for _ in range(num)]
+    sessions = [f"{i % 40}" for i in range(num)]
+    pq.write_table(table(matrices, subject_id=subjects, session_id=sessions), path)
+    return [
+        dict(subject=a, session=f"{a}/{b}", row=f"lab{i % 3}/{a}/{b}/s{i}")
+        for i, (a, b) in enumerate(zip(subjects, sessions, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("by", ["subject", "session", "row"])
+def test_a_division_is_a_hash_of_names_that_no_two_sides_share_and_training_reads_it(tmp_path, capsys, by):
+    names = many_sessions(tmp_path / "x.parquet")
+    run("spikes", tmp_path / "x.parquet", "--out", tmp_path / "store")
+    shards = (tmp_path / "store" / "shard-00000.u8").read_bytes()
+    run("split", tmp_path / "store", "--by", by, "--test", 0.3, "--validation", 0.2)
+    divided = {split: build(tmp_path / "store", split=split).index.id for split in ("train", "validation", "test")}
+    sides = {split: {name[by] for name in names if name["row"] in ids} for split, ids in divided.items()}
+    assert sum(map(len, divided.values())) == 60 and all(sides.values())
+    assert not (sides["train"] & sides["test"] or sides["train"] & sides["validation"] or sides["validation"] & sides["test"])
+    for split, low, high in (("test", 0.0, 0.3), ("validation", 0.3, 0.5), ("train", 0.5, 1.0)):
+        assert sides[split] == {name[by] for name in names if low <= keyed.text_key(name[by]) / 2**64 < high}
+    first = store.read_table(tmp_path / "store")["split"].to_pylist()
+    run("split", tmp_path / "store", "--by", by, "--test", 0.3, "--validation", 0.2)
+    assert store.read_table(tmp_path / "store")["split"].to_pylist() == first
+    assert (tmp_path / "store" / "shard-00000.u8").read_bytes() == shards
+    said = capsys.readouterr().out
+    assert f"test: {len({name['subject'] for name in names if name['row'] in divided['test']})} subjects" in said
+    assert ("there are rows on several sides" in said) == (by == "row")
+    with pytest.raises(ValueError, match="no split 'dev'; it has test, train, validation"):
+        build(tmp_path / "store", split="dev")
+
+
+def test_by_session_and_one_percent_it_is_what_split_by_session_makes(tmp_path):
+    many_sessions(tmp_path / "x.parquet", num=400)
+    run("spikes", tmp_path / "x.parquet", "--out", tmp_path / "store")
+    both = [build(tmp_path / "store", split=split, split_by="session").index.id for split in ("train", "test")]
+    run("split", tmp_path / "store", "--by", "session", "--test", 0.01)
+    assert [build(tmp_path / "store", split=split).index.id for split in ("train", "test")] == both
+
+
+def test_a_division_that_leaves_a_side_empty_or_has_no_names_to_go_by_is_refused_and_changes_nothing(tmp_path):
+    run("spikes", "embedded:a2929", "--out", tmp_path / "store")
+    before = (tmp_path / "store" / "index.parquet").read_bytes()
+    with pytest.raises(ConfigError, match="by session, of 1 session none falls into 'test'.*they lie at 0.415"):
+        run("split", tmp_path / "store", "--by", "session")
+    assert (tmp_path / "store" / "index.parquet").read_bytes() == before
+    np.savez(tmp_path / "x.npz", spike_counts=recordings(1)[0])
+    run("spikes", tmp_path / "x.npz", "--out", tmp_path / "nameless")
+    for by, complaint in (("subject", "1 of 1 row name no subject"), ("session", "1 of 1 row name no session")):
+        with pytest.raises(ConfigError, match=complaint):
+            run("split", tmp_path / "nameless", "--by", by)
