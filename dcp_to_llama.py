@@ -4,8 +4,8 @@ python dcp_to_llama.py --input_dir outputs/primate_8B/checkpoint/step-00050000 -
 python dcp_to_llama.py --input_dir ... --output_dir primate-8B --hf_repo_name USER/NAME --push_to_hub --dry_run
 
 Of the input, ours or of torchtitan's kin, the model's tensors alone are loaded, one at a time. The output folder appears when
-it is whole; the same command again takes one that is there, so a push that failed goes on. Exit status: 0 done, 2 something is
-to be mended, and then what was there before is as it was.
+it is whole; the same command again takes one that is there, so a push that failed goes on, and a card that was filled in
+meanwhile goes with it. Exit status: 0 done, 2 something is to be mended, and then what was there before is as it was.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import secrets
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ import torchtitan_bio
 from torchtitan_bio import bridge, checkpoint, config_loader, convert, distributed, hub, models, weight_files
 from torchtitan_bio.science import agreement, card
 
-MANIFEST = "manifest.json"
+MANIFEST, CARD = "manifest.json", "README.md"
+WEIGHTS_OF_OTHERS = ("config.json", "params.json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Export:
 
     def read(self, name: str) -> torch.Tensor:
         """A parameter of ours, in the type that is exported."""
-        return self.weights.read(name).to(self.dtype)
+        return self.weights.read(name, self.dtype)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -72,17 +74,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def num_bytes(text: str) -> int:
-    match = re.fullmatch(r"([\d.]+) *([KMGT]?)(i?)B?", text.strip(), flags=re.I)
-    if not match:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), flags=re.I)
+    number, unit, binary = match.groups() if match else ("0", "", "")
+    size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 5GB or 500MB")
-    number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    return size
 
 
 def main(asked: argparse.Namespace):
     formats = ("hf", "pth") if asked.format == "both" else (asked.format,)
     if asked.verify and "hf" in formats:
         agreement.need_transformers()
+    if asked.copy_to:
+        hub.need_blobfile()
+    if asked.push_to_hub:
+        hub.check_name(asked.hf_repo_name)
+    if not (asked.input_dir / ".metadata").exists() and any((asked.input_dir / name).exists() for name in WEIGHTS_OF_OTHERS):
+        raise ValueError(f"{asked.input_dir} is no checkpoint, but holds Llama weights; llama_to_dcp.py makes one of them")
     world = distributed.start()
     weights = checkpoint.open_weights(asked.input_dir, world=world)
     model_json = model_of(weights, asked)
@@ -94,9 +103,19 @@ def main(asked: argparse.Namespace):
     files = write(export, asked)
     distributed.stop()
     if asked.copy_to:
-        hub.copy_to(asked.output_dir, [*files, MANIFEST], asked.copy_to, say=print)
+        with blaming_the_network():
+            hub.copy_to(asked.output_dir, [*files, MANIFEST], asked.copy_to, say=print)
     if asked.push_to_hub:
         push(export, files, asked)
+
+
+@contextmanager
+def blaming_the_network():
+    """A RuntimeError becomes one that the user can mend as much as we can."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(error) from error
 
 
 def model_of(weights: checkpoint.Weights, asked) -> dict:
@@ -104,18 +123,29 @@ def model_of(weights: checkpoint.Weights, asked) -> dict:
     if aside := checkpoint.left_aside(weights.index):
         print(f"left aside: {aside}")
     stored = weights.document("model.json")
+    if not isinstance(stored, dict) or not stored.keys() >= {"family", "architecture"}:
+        stored = None  # of another trainer
     if stored and not asked.config_file:
         return stored
     if not asked.config_file:
         raise ValueError(
-            f"{asked.input_dir} has no model.json, and shapes alone do not tell the number of heads or rope_theta; name a TOML "
-            "whose [model] says them: --config_file train_configs/primate_8B.toml"
+            f"{asked.input_dir} has no model.json of torchtitan_bio, and shapes alone do not tell the number of heads or "
+            "rope_theta; name a TOML whose [model] says them: --config_file train_configs/primate_8B.toml"
         )
     config = config_loader.load(["--job.config_file", asked.config_file]).config
     architecture = models.resolve(config.model.name, config.model.flavor, config.model.overrides)
     given = {"family": config.model.name, "flavor": config.model.flavor, "architecture": dataclasses.asdict(architecture)}
-    if stored and stored["architecture"] != given["architecture"]:
-        raise ValueError(f"--config_file {asked.config_file} contradicts {asked.input_dir / 'model.json'}; leave it out")
+    if stored:
+        differing = [
+            f"{key} is {stored['architecture'].get(key, 'absent')} there and {value} here"
+            for key, value in given["architecture"].items()
+            if stored["architecture"].get(key, "absent") != value
+        ]
+        if differing:
+            path = asked.input_dir / "model.json"
+            raise ValueError(
+                f"{path} contradicts --config_file {asked.config_file}: {', '.join(differing)}; leave the TOML out"
+            )
     return given
 
 
@@ -131,10 +161,12 @@ def check_tensors(weights: checkpoint.Weights, family: str, architecture):
 def write(export: Export, asked) -> dict[str, dict]:
     """The export, whole and verified under its name; its files with size and sha256. One that is there already is taken."""
     folder, identity = asked.output_dir, identity_of(export, asked)
-    if (files := files_of(folder, identity)) is not None:
-        print(f"{folder} holds this export already, and verifies")
+    if (files := files_of(folder, identity, card_text(export, asked))) is not None:
+        print(f"{folder} holds this export already, as it was written")
+        if asked.verify:
+            verify(folder, export)
         return files
-    bridge.refuse_existing(folder)
+    bridge.refuse_existing(folder, asked.input_dir)
     staging = folder.with_name(f"{folder.name}.partial-{secrets.token_hex(4)}")
     staging.mkdir(parents=True)
     started = time.monotonic()
@@ -143,43 +175,71 @@ def write(export: Export, asked) -> dict[str, dict]:
         seconds = time.monotonic() - started
         if asked.verify:
             verify(staging, export)
-        write_json(staging / MANIFEST, {"format": 1, "export": identity, "files": files})
+        write_manifest(staging, identity, files, our_card=files[CARD])
         os.rename(staging, folder)
-    except BaseException as error:
+    except OSError as error:
         free = shutil.disk_usage(folder.parent).free
+        raise ValueError(f"{folder} was not written: {error}; {free:,} bytes are free there") from error
+    finally:  # where nothing failed, there is no such folder any more
         shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise ValueError(f"{folder} was not written: {error}; {free:,} bytes are free there") from error
-        raise
     size = sum(entry["bytes"] for entry in files.values())
     print(f"{folder}: {len(files)} files, {size / 1e9:.2f} GB in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s")
     return files
 
 
 def identity_of(export: Export, asked) -> dict:
-    """What makes two exports the same: the checkpoint by its manifest, or its index where it has none, and the options."""
-    source = export.weights.path / (MANIFEST if export.weights.manifest else ".metadata")
+    """What makes two exports the same: the checkpoint by its manifest, or all that can be known unread, and the options."""
+    folder = export.weights.path
+    of = hashlib.sha256((folder / (MANIFEST if export.weights.manifest else ".metadata")).read_bytes())
+    if not export.weights.manifest:  # the index of another step of the same run may be the same
+        of.update(repr(sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())).encode())
     return {
-        "of": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "of": of.hexdigest(),
         "model": export.model_json,
         "formats": list(export.formats),
         "dtype": asked.dtype,
         "max_shard_size": asked.max_shard_size,
-        "repo": asked.hf_repo_name,
     }
 
 
-def files_of(folder: Path, identity: dict) -> dict[str, dict] | None:
-    """The files of an export that is there, is this very one and is as it was written."""
+def files_of(folder: Path, identity: dict, new_card: str) -> dict[str, dict] | None:
+    """The files of an export that is there, is this very one and is as it was written.
+
+    But for its card: one that a person has edited stays theirs, and any other becomes the new one.
+    """
     if not (folder / MANIFEST).is_file():
         return None
     manifest = bridge.read_json(folder / MANIFEST)
     if manifest.get("export") != identity:
         return None
     found = checkpoint.fingerprint([folder / name for name in manifest["files"] if (folder / name).is_file()])
-    if changed := [name for name, entry in manifest["files"].items() if found.get(name) != entry]:
+    changed = [
+        name for name, entry in manifest["files"].items() if found.get(name) != entry and (name != CARD or name not in found)
+    ]
+    if changed:
         raise ValueError(f"{folder} has changed since it was exported: {', '.join(changed)}; delete it and export again")
-    return manifest["files"]
+    our_card = manifest.get("card")
+    if found[CARD] != our_card:
+        print(f"{folder / CARD} has been edited and goes out as it is")
+    elif (folder / CARD).read_text() != new_card:
+        write_whole(folder / CARD, new_card)
+        found |= checkpoint.fingerprint([folder / CARD])
+        our_card = found[CARD]
+    if found != manifest["files"]:
+        write_manifest(folder, identity, found, our_card)
+    return found
+
+
+def write_manifest(folder: Path, identity: dict, files: dict[str, dict], our_card: dict):
+    """our_card: what the card was as we wrote it, by which one that was edited is known."""
+    content = {"format": 1, "export": identity, "card": our_card, "files": files}
+    write_whole(folder / MANIFEST, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str):
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    os.rename(new, path)
 
 
 def fill(folder: Path, export: Export, asked) -> dict[str, dict]:
@@ -191,6 +251,8 @@ def fill(folder: Path, export: Export, asked) -> dict[str, dict]:
     entries = {name: (shape, export.dtype) for name, shape in shapes.items()}
     head_dim, files = export.architecture.head_dim, {}
     size = sum(torch.empty(shape, dtype=export.dtype, device="meta").nbytes for shape in shapes.values())
+    if "pth" in export.formats:  # which may refuse, and had better do so at once
+        write_json(folder / "params.json", convert.params_of(numbers))
     with bridge.progress(size * len(export.formats), "exporting") as advance:
         if "hf" in export.formats:
             ours = {convert.hf_name(name): name for name in entries}
@@ -213,8 +275,9 @@ def fill(folder: Path, export: Export, asked) -> dict[str, dict]:
             files[name] = weight_files.write_pth(
                 folder / name, entries, lambda name: export.read(tied.get(name, name)), progress=advance
             )
-            write_json(folder / "params.json", convert.params_of(numbers))
-    write_card(folder, export, state, asked)
+    (folder / CARD).write_text(card_text(export, asked))
+    if contract := card.token_contract(export.model_json, state, export.weights.document("data.json")):
+        write_json(folder / "spikes.json", contract)
     return files | checkpoint.fingerprint(sorted(path for path in folder.iterdir() if path.name not in files))
 
 
@@ -222,26 +285,21 @@ def tokens_of(config: dict) -> dict:
     return {key: value for key, value in config.items() if key.endswith("_token_id") and value is not None}
 
 
-def write_card(folder: Path, export: Export, state: dict | None, asked):
-    """README.md, and spikes.json where the model was trained on spikes."""
-    data, run = export.weights.document("data.json"), run_folder_of(export.weights.path)
-    validation, ladder = last_validation(run, state), read_if_there(run, "ladder.json")
-    text = card.card(
+def card_text(export: Export, asked) -> str:
+    state, run = export.weights.document("train_state.json"), run_folder_of(export.weights.path)
+    return card.card(
         repo=asked.hf_repo_name,
         model_json=export.model_json,
         num_parameters=sum(torch.Size(entry["shape"]).numel() for entry in export.weights.tensors.values()),
         dtype=asked.dtype,
         step=state and state["step"],
         train_state=state,
-        data=data,
-        validation=validation,
-        ladder=ladder,
+        data=export.weights.document("data.json"),
+        validation=last_validation(run, state),
+        ladder=read_if_there(run, "ladder.json"),
         versions={"torch": torch.__version__, "torchtitan_bio": torchtitan_bio.__version__},
         formats=list(export.formats),
     )
-    (folder / "README.md").write_text(text)
-    if contract := card.token_contract(export.model_json, state, data):
-        write_json(folder / "spikes.json", contract)
 
 
 def run_folder_of(step_folder: Path) -> Path | None:
@@ -253,9 +311,15 @@ def last_validation(run: Path | None, state: dict | None) -> dict | None:
     """The scores at this very step, as the run wrote them down."""
     if run is None or state is None or not (run / "metrics.jsonl").exists():
         return None
-    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.strip())
-    found = [line for line in lines if line.get("kind") == "validation" and line.get("step") == state["step"]]
-    return found[-1] if found else None
+    found = None
+    for text in (run / "metrics.jsonl").read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:  # half a line, of a run that was killed
+            continue
+        if line.get("kind") == "validation" and line.get("step") == state["step"]:
+            found = line
+    return found
 
 
 def read_if_there(folder: Path | None, name: str) -> dict | None:
@@ -286,10 +350,8 @@ def push(export: Export, files: dict[str, dict], asked):
         print(*hub.plan_push(asked.output_dir, names, asked.hf_repo_name, **settings), sep="\n")
         return
     message = f"Weights of step {state['step']}" if state else "Weights"
-    try:
+    with blaming_the_network():
         url = hub.push(asked.output_dir, names, asked.hf_repo_name, **settings, message=message, say=print)
-    except RuntimeError as error:  # of the network, which is the user's to mend as much as ours
-        raise ConnectionError(error) from error
     print(f"pushed to {url}")
 
 

@@ -9,6 +9,7 @@ One tensor is in memory at a time. Exit status: 0 done, 2 something is to be men
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ import torch
 from torchtitan_bio import bridge, checkpoint, convert, distributed, weight_files
 from torchtitan_bio.models import llama3
 from torchtitan_bio.science import agreement
+
+UNDERSTOOD = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(asked: argparse.Namespace):
-    bridge.refuse_existing(asked.output_dir)
+    bridge.refuse_existing(asked.output_dir, asked.input_dir)
     source = open_source(asked.input_dir)
     if asked.verify and is_for_transformers(source, asked):
         agreement.need_transformers()
@@ -59,7 +62,11 @@ def main(asked: argparse.Namespace):
     world = distributed.start()
     write(source, names, asked, world)
     if asked.verify:
-        verify(source, names, asked, world)
+        try:
+            verify(source, names, asked, world)
+        except BaseException:  # KeyboardInterrupt too: who asks for the check shall find nothing that has not passed it
+            shutil.rmtree(asked.output_dir)
+            raise
     distributed.stop()
     print("\n".join(["", "a TOML that starts from it says", "", *toml_of(source.architecture, asked)]))
 
@@ -68,9 +75,12 @@ def open_source(folder: Path) -> Source:
     """What the folder holds, by its files; every tensor that a Llama needs is there in the right shape, or ValueError."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    if (folder / "config.json").exists():
+    is_meta, is_hf = ((folder / name).exists() for name in ("params.json", "config.json"))
+    if is_meta and is_hf:  # which of them are there for other weights than these?
+        is_hf = any(folder.glob("*.safetensors"))
+    if is_hf:
         source = open_hugging_face(folder)
-    elif (folder / "params.json").exists():
+    elif is_meta:
         source = open_meta(folder)
     else:
         raise ValueError(
@@ -85,15 +95,25 @@ def open_source(folder: Path) -> Source:
 def open_hugging_face(folder: Path) -> Source:
     config = bridge.read_json(folder / "config.json")
     architecture = llama3.Architecture(**convert.numbers_of_hf(config))
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*")):
+        raise ValueError(
+            f"{folder} holds its weights as .bin, which are pickles and are not opened; where you trust them, let transformers "
+            "write safetensors: LlamaForCausalLM.from_pretrained(IN).save_pretrained(OUT)"
+        )
     files = weight_files.open_safetensors(folder)
-    there = {convert.hf_name(name): name for name in bridge.shapes_of("llama3", architecture)}
+    wanted = {convert.hf_name(name): shape for name, shape in bridge.shapes_of("llama3", architecture).items()}
     found = {name: entry for name, entry in files.tensors.items() if not convert.HF_IGNORED.fullmatch(name)}
-    head = found.get("lm_head.weight")
-    if architecture.tie_embeddings and head is not None:
-        if not torch.equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
-            raise ValueError(f"{folder / 'config.json'} says tie_word_embeddings, but lm_head differs from the embedding")
+    head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
+    if architecture.tie_embeddings and head and embedding:
+        if head.dtype != embedding.dtype or not torch.equal(
+            files.read("lm_head.weight"), files.read("model.embed_tokens.weight")
+        ):
+            raise ValueError(
+                f"{folder / 'config.json'} says tie_word_embeddings, but lm_head differs from the embedding; "
+                "say false there if both are meant"
+            )
         del found["lm_head.weight"]
-    entries = {there.get(name, name): entry for name, entry in found.items()}
+    check(folder, found, wanted)
 
     def read(name: str) -> torch.Tensor:
         return convert.from_hf(name, files.read(convert.hf_name(name)), architecture.head_dim)
@@ -101,7 +121,7 @@ def open_hugging_face(folder: Path) -> Source:
     return Source(
         kind="Hugging Face",
         architecture=architecture,
-        entries=in_our_order(folder, entries, architecture),
+        entries={name: found[convert.hf_name(name)] for name in bridge.shapes_of("llama3", architecture)},
         read=read,
         config=config,
     )
@@ -112,23 +132,27 @@ def open_meta(folder: Path) -> Source:
     shards = weight_files.open_meta(folder, lambda name: None)
     shapes = {name: entry.pieces[0].shape for name, entry in shards.tensors.items()}  # of a shard, which tells how it was cut
     files = weight_files.open_meta(folder, lambda name: convert.meta_split_dim(name, shapes[name], config.get("dim")))
-    if "tok_embeddings.weight" not in files.tensors:
-        raise ValueError(f"{folder} holds no tok_embeddings.weight; these are not Meta's Llama weights")
-    vocab_size = files.tensors["tok_embeddings.weight"].shape[0]
-    architecture = llama3.Architecture(**convert.numbers_of_params(config, vocab_size))
-    return Source(
-        kind="Meta",
-        architecture=architecture,
-        entries=in_our_order(folder, files.tensors, architecture),
-        read=files.read,
-        config=config,
-    )
-
-
-def in_our_order(folder: Path, entries: dict, architecture) -> dict:
+    embedding, query = (files.tensors.get(name) for name in ("tok_embeddings.weight", "layers.0.attention.wq.weight"))
+    if embedding is None or len(embedding.shape) != 2:
+        raise ValueError(f"{folder} holds no tok_embeddings.weight (words, dim); these are not Meta's Llama weights")
+    architecture = llama3.Architecture(**convert.numbers_of_params(config, embedding.shape[0]))
+    if query and 0 < query.shape[0] < architecture.dim and architecture.dim % query.shape[0] == 0:
+        num_shards, of = len(query.pieces), len(query.pieces) * architecture.dim // query.shape[0]
+        raise ValueError(
+            f"{folder} holds {num_shards} of {of} shards by params.json's dim={architecture.dim}; download the rest"
+        )
     wanted = bridge.shapes_of("llama3", architecture)
-    bridge.check_shapes(folder, {name: entry.shape for name, entry in entries.items()}, wanted)
-    return {name: entries[name] for name in wanted}
+    check(folder, files.tensors, wanted)
+    entries = {name: files.tensors[name] for name in wanted}
+    return Source(kind="Meta", architecture=architecture, entries=entries, read=files.read, config=config)
+
+
+def check(folder: Path, found: dict[str, weight_files.Entry], wanted: dict[str, tuple[int, ...]]):
+    """ValueError unless these are the tensors that are wanted, in a type that was trained in."""
+    bridge.check_shapes(folder, {name: entry.shape for name, entry in found.items()}, wanted)
+    for name, entry in found.items():
+        if entry.dtype not in UNDERSTOOD:
+            raise ValueError(f"{folder}: {name} is of {entry.dtype}; take weights that are not quantized")
 
 
 def write(source: Source, names: list[str], asked, world):
@@ -169,7 +193,7 @@ def verify(source: Source, names: list[str], asked, world):
     for name in names:
         wanted = source.read(name).to(stored_dtype(source, name, asked))
         if not torch.equal(result.read(name), wanted):
-            raise ValueError(f"{asked.output_dir}: {name} is not what {asked.input_dir} holds; delete the folder and try again")
+            raise ValueError(f"{asked.output_dir}: {name} is not what {asked.input_dir} holds; try again")
     print(f"verified: {len(names)} tensors are the input's to the last bit" + (f", as {asked.dtype}" if asked.dtype else ""))
     if is_for_transformers(source, asked):
         here = agreement.ours("llama3", source.architecture, result.read)
@@ -201,7 +225,7 @@ def toml_of(architecture, asked) -> list[str]:
     lines = ["[model]", f'flavor = "{flavor}"']
     if overrides:
         lines += ["", "[model.overrides]", *(f"{key} = {json.dumps(value)}" for key, value in overrides.items())]
-    lines += ["", "[checkpoint]", f"init_from = {json.dumps(str(asked.output_dir))}"]
+    lines += ["", "[checkpoint]", f"init_from = {json.dumps(str(asked.output_dir), ensure_ascii=False)}"]
     if asked.vocab == "new":
         lines.append(f"init_allow_missing = {json.dumps(list(convert.OF_THE_VOCABULARY))}")
     return lines

@@ -11,6 +11,7 @@ from torchtitan_bio import config_loader
 if __name__ == "__main__":
     LOADED = config_loader.load_or_exit(sys.argv[1:])  # before torch is imported: --help and typos answer at once
 
+import contextlib
 import gc
 import importlib
 import importlib.util
@@ -68,8 +69,8 @@ def main(loaded: config_loader.Loaded):
         enter = this.watch.enter
         enter("reading the data", patient=True)
         with exits.blaming_the_input():
-            train_data, held_out = build_data(config, architecture, world, say)
-        if stops.poll(world):  # making an index can take an hour
+            train_data, held_out = build_data(config, architecture, world, say, stops)
+        if stops.why:  # making an index can take an hour
             return this.leave(None, stops.why, is_saved=config.checkpoint.enable)
         enter("building the model")
         with exits.blaming_the_input():
@@ -282,8 +283,8 @@ def open_run_folder(folder: Path, config: Config, world, step: int, global_batch
     return log
 
 
-def build_data(config: Config, architecture, world, say):
-    """The training data and the held-out data (None without validation).
+def build_data(config: Config, architecture, world, say, stops: stop.Stops | None = None):
+    """The training data and the held-out data (None without validation), both None where stops.why says why.
 
     An index that is not there yet is made by rank 0, or where nodes do not share its folder by the first rank of each.
     """
@@ -302,11 +303,14 @@ def build_data(config: Config, architecture, world, say):
     if config.validation.source not in ("", config.data.source):  # its sources have other names
         held_out_settings |= {"include_sources": [], "exclude_sources": []}
     turn = 0 if world.rank == 0 else 1 if world.local_rank == 0 else 2
+    heed = {"heed": stops.heed} if stops else {}
     for now in range(3):
-        with world.together("reading the data"):
+        with world.together("reading the data"), contextlib.suppress(stop.Stopped):
             if turn == now:
-                train_data = build(**common)
-                held_out = build(**held_out_settings, overlap=True) if config.validation.enable else None
+                train_data = build(**common, **heed)
+                held_out = build(**held_out_settings, **heed, overlap=True) if config.validation.enable else None
+        if stops and stops.poll(world):
+            return None, None
     if train_data.vocab_size > architecture.vocab_size:
         raise ConfigError(
             f"model.overrides.vocab_size={architecture.vocab_size} is smaller than the data's, {train_data.vocab_size}"

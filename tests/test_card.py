@@ -224,6 +224,8 @@ PLANTED = [
     "someone@box.example.org:/x",
     "../home/someone/x",
     "hf_abcdefghijSOMEONEabcdefghij",
+    "sk-ant-api03-SOMEONEabcdef",
+    "gho_SOMEONEabcdef",
     "a b=/home/someone/x",
     "file:///home/someone/x",
 ]

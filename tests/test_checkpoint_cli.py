@@ -68,6 +68,43 @@ def test_inspect_shows_another_trainers_folder_and_refuses_to_run_what_is_in_it(
     assert main(["inspect", str(tmp_path / "nowhere")]) == 2
 
 
+def lose_a_field(index):
+    del index.state_dict_metadata["w"].properties
+
+
+def spoil_places(index):
+    for place in index.storage_data.values():
+        place.offset = "here"
+
+
+def move_a_chunk(index):
+    [chunk] = index.state_dict_metadata["w"].chunks
+    chunk.offsets = torch.Size([1])
+
+
+def name_a_folder(index):
+    index.storage_data = dict.fromkeys(index.storage_data, "elsewhere")
+
+
+@pytest.mark.parametrize("spoil", [lose_a_field, spoil_places, move_a_chunk, name_a_folder])
+def test_an_index_that_cannot_be_is_one_line_of_refusal(tmp_path, spoil, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no process group is meant
+        torch_dcp.save({"w": torch.ones(3)}, checkpoint_id=tmp_path / "old", no_dist=True)
+    index = dcp.read_metadata(tmp_path / "old")
+    spoil(index)
+    (tmp_path / "old" / ".metadata").write_bytes(pickle.dumps(index))
+    assert main(["inspect", str(tmp_path / "old")]) == 2
+    error = capsys.readouterr().err
+    assert ".metadata is refused: " in error and len(error.splitlines()) == 1
+
+
+def test_a_folder_of_checkpoints_is_told_from_one(saved, capsys):
+    assert main(["inspect", str(saved[0].parent)]) == 2
+    assert "is a folder of checkpoints; name one of them, such as" in capsys.readouterr().err
+    assert main(["diff", str(saved[0]), str(saved[0].parent)]) == 2
+
+
 def test_diff_of_a_folder_with_itself_is_0_and_of_two_is_1_with_the_numbers(saved, capsys):
     one, other = map(str, saved)
     assert main(["diff", one, one, "--values"]) == 0 and "the same 8 tensors to the last bit" in capsys.readouterr().out

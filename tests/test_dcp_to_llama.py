@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import logging
 import os
+import pickle
 import shutil
+import sys
 import warnings
 
 import pytest
@@ -16,6 +19,7 @@ from ranks import on_ranks
 import dcp_to_llama
 import llama_to_dcp
 from torchtitan_bio import bridge, checkpoint, distributed, models, resume
+from torchtitan_bio.checkpoint import dcp
 from torchtitan_bio.config import Config
 from torchtitan_bio.models import llama3
 
@@ -212,10 +216,40 @@ def test_an_export_that_is_there_is_taken_and_another_or_a_changed_one_refused(t
     assert give_out(source, out) == 0 and "holds this export already" in capsys.readouterr().out
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     assert give_out(source, out, "--dtype", "float32") == 2
-    assert "is there already and not empty" in capsys.readouterr().err
+    assert "is there already and is no empty folder" in capsys.readouterr().err
+    with (out / "config.json").open("a") as config:
+        config.write("\n")
+    assert give_out(source, out) == 2 and "has changed since it was exported: config.json" in capsys.readouterr().err
+
+
+def test_the_check_that_is_asked_for_is_done_on_an_export_that_is_there_too(tmp_path, trained, monkeypatch, capsys):
+    from torchtitan_bio import convert
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "to_hf", lambda name, tensor, head_dim: tensor)
+        assert give_out(step_folder(trained), tmp_path / "out") == 0
+    assert give_out(step_folder(trained), tmp_path / "out", "--verify") == 2
+    assert "of the largest logit, above 1e-04" in capsys.readouterr().err and (tmp_path / "out").is_dir()
+
+
+def test_a_card_gets_the_name_of_its_repo_later_and_what_a_person_wrote_into_it_stays(tmp_path, trained, capsys):
+    source, out = step_folder(trained), tmp_path / "out"
+    to_the_hub = ["--hf_repo_name", "lab/model", "--push_to_hub", "--dry_run"]
+
+    def files_fit_their_manifest():
+        files = json.loads((out / "manifest.json").read_text())["files"]
+        return checkpoint.fingerprint([out / name for name in files]) == files
+
+    assert give_out(source, out) == 0 and "lab/model" not in (out / "README.md").read_text()
+    assert give_out(source, out, *to_the_hub) == 0
+    assert 'from_pretrained("lab/model")' in (out / "README.md").read_text() and files_fit_their_manifest()
     with (out / "README.md").open("a") as card:
         card.write("consent: given\n")
-    assert give_out(source, out) == 2 and "README.md" in capsys.readouterr().err
+    for _ in range(2):
+        assert give_out(source, out, *to_the_hub) == 0
+        assert "has been edited and goes out as it is" in capsys.readouterr().out
+        assert (out / "README.md").read_text().endswith("consent: given\n") and files_fit_their_manifest()
+    assert {path.name for path in out.iterdir()} == {"manifest.json", *json.loads((out / "manifest.json").read_text())["files"]}
 
 
 def test_a_wrong_export_does_not_pass_the_check_and_is_not_there(tmp_path, trained, monkeypatch, capsys):
@@ -253,10 +287,117 @@ def test_a_checkpoint_that_cannot_be_right_is_one_line_and_nothing_is_written(tm
     assert words in error and len(error.splitlines()) == 1 and not list(tmp_path.glob("out*"))
 
 
+def test_a_tensor_is_rounded_as_it_is_read_as_it_would_be_afterwards(trained):
+    weights = checkpoint.open_weights(step_folder(trained), world=distributed.start())
+    whole, rounded = (weights.read("layers.0.feed_forward.w1.weight", dtype) for dtype in (None, torch.bfloat16))
+    assert whole.dtype == torch.float32 and torch.equal(whole.to(torch.bfloat16), rounded)
+
+
+def test_a_payload_in_the_place_of_a_tensor_is_one_line_and_not_run(tmp_path, trained, capsys):
+    source = shutil.copytree(step_folder(trained), tmp_path / "foreign")
+    (source / "manifest.json").unlink()  # whose hash would tell
+    index, shard = dcp.read_metadata(source), source / "__0_0.distcp"
+    torch.save(Payload(tmp_path / "touched"), tmp_path / "payload")
+    [place] = [place for key, place in index.storage_data.items() if key.fqn == "model.norm.weight"]
+    place.offset, place.length = shard.stat().st_size, (tmp_path / "payload").stat().st_size
+    shard.write_bytes(shard.read_bytes() + (tmp_path / "payload").read_bytes())
+    (source / ".metadata").write_bytes(pickle.dumps(index))
+    assert give_out(source, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "it asks for io.open, which no tensor needs (of model.norm.weight)" in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "touched").exists() and not list(tmp_path.glob("out*"))
+
+
+def test_an_interruption_while_torch_reads_is_one_and_leaves_nothing(tmp_path, trained, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dcp.TensorReader, "read_data", interrupt)
+    assert give_out(step_folder(trained), tmp_path / "out") == 130
+    assert "interrupted; what was there before is as it was" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_another_step_of_the_same_shapes_is_another_export(tmp_path, trained, capsys):
+    """Also without a manifest, where the index may be the same."""
+    one = shutil.copytree(step_folder(trained), tmp_path / "one")
+    (one / "manifest.json").unlink()
+    assert give_out(one, tmp_path / "out") == 0 and give_out(one, tmp_path / "out") == 0
+    content = bytearray((one / "__0_0.distcp").read_bytes())
+    content[len(content) // 2] ^= 1
+    (one / "__0_0.distcp").write_bytes(content)
+    assert give_out(one, tmp_path / "out") == 2 and "is there already" in capsys.readouterr().err
+
+
+def test_a_line_of_metrics_torn_by_a_kill_is_passed_over(tmp_path, trained):
+    run = shutil.copytree(trained, tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"kind": "validation", "st')
+    assert give_out(step_folder(run), tmp_path / "out") == 0
+    assert "| `bits_per_spike` |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_toml_that_contradicts_the_checkpoint_is_refused_with_the_numbers(tmp_path, trained, capsys):
+    (tmp_path / "model.toml").write_text('[model]\nflavor = "debug"\n[model.overrides]\nffn_dim = 160\n')
+    assert give_out(step_folder(trained), tmp_path / "out", "--config_file", tmp_path / "model.toml") == 2
+    assert "ffn_dim is 128 there and 160 here; leave the TOML out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--hf_repo_name", "noslash", "--push_to_hub"], "'noslash' is no name of a repo on the Hub: it reads USER/NAME"),
+        (["--copy_to", "gs://bucket/model"], "--copy_to needs blobfile: pip install"),
+    ],
+)
+def test_what_cannot_leave_the_machine_is_known_before_anything_is_written(
+    tmp_path, trained, monkeypatch, arguments, words, capsys
+):
+    monkeypatch.setitem(sys.modules, "blobfile", None)
+    assert give_out(step_folder(trained), tmp_path / "out", *arguments) == 2
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_copy_that_fails_is_one_line_and_the_export_stays(tmp_path, trained, capsys):
+    assert give_out(step_folder(trained), tmp_path / "out", "--copy_to", "s3://bucket/model") == 2
+    error = capsys.readouterr().err
+    assert f"the export in {tmp_path / 'out'} is intact" in error and len(error.splitlines()) == 1
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_transformers_has_nothing_to_say_against_the_settings_of_an_export(tmp_path):
+    """Of a scaled model whose input does not tell how long a text may be, as Meta's does not."""
+    from transformers import LlamaForCausalLM
+
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    save_meta(tmp_path / "in", 1)
+    assert give_out(take_in(tmp_path / "in", tmp_path / "dcp"), tmp_path / "out") == 0
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert not said and model.dtype == torch.bfloat16
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 8 * config["rope_scaling"]["original_max_position_embeddings"]
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+
+
+def test_what_params_json_cannot_say_is_refused_before_a_byte_is_read(tmp_path, monkeypatch, capsys):
+    save_hf(tmp_path / "in", "gqa4")  # whose original context is 64; Meta's is 8,192
+    folder = take_in(tmp_path / "in", tmp_path / "dcp")
+    monkeypatch.setattr(checkpoint.Weights, "read", lambda *_: pytest.fail("a tensor was read"))
+    assert give_out(folder, tmp_path / "out", "--format", "both") == 2
+    assert "rope_original_context=64 (it is 8192 there); use --format hf" in capsys.readouterr().err
+
+
 def test_a_folder_of_checkpoints_and_one_without_a_vocabulary_are_named(tmp_path, trained, capsys):
     assert give_out(trained, tmp_path / "out") == 2
     assert "is a folder of checkpoints; name one of them" in capsys.readouterr().err
     save_hf(tmp_path / "in", "gqa4")
+    assert give_out(tmp_path / "in", tmp_path / "out") == 2
+    assert "is no checkpoint, but holds Llama weights; llama_to_dcp.py makes one" in capsys.readouterr().err
     asked = llama_to_dcp.parse(["--input_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "dcp")])
     assert bridge.run(lambda: llama_to_dcp.main(asked)) == 0
     assert give_out(tmp_path / "dcp", tmp_path / "out") == 2
@@ -283,6 +424,8 @@ def test_a_full_disk_leaves_nothing_and_tells_the_free_bytes(tmp_path, trained, 
         (["--push_to_hub"], "--push_to_hub needs --hf_repo_name"),
         (["--public"], "--public does nothing without --push_to_hub"),
         (["--max_shard_size", "many"], "'many' is not a size like 5GB"),
+        (["--max_shard_size", "1.2.3GB"], "'1.2.3GB' is not a size like 5GB"),
+        (["--max_shard_size", "0"], "'0' is not a size like 5GB"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(arguments, words, capsys):

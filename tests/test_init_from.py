@@ -1,5 +1,6 @@
 """A warm start takes exactly the weights it was told to take, says which, and refuses the rest."""
 
+import json
 import pickle
 import warnings
 
@@ -186,6 +187,28 @@ def test_a_pickle_in_a_foreign_checkpoint_is_never_opened(tmp_path, world):
     with pytest.raises(ValueError, match="is refused: it asks for io.open"):
         init_from(foreign, build(2), world=world)
     assert not (tmp_path / "touched").exists()
+
+
+def test_a_payload_in_the_place_of_a_tensor_is_one_line_and_not_run(tmp_path, world):
+    foreign = save_foreign(tmp_path / "foreign", build(1).state_dict())
+    index, shard = dcp.read_metadata(foreign), foreign / "__0_0.distcp"
+    torch.save(Payload(tmp_path / "touched"), tmp_path / "payload")
+    [place] = [place for key, place in index.storage_data.items() if key.fqn == "layers.0.weight"]
+    place.offset, place.length = shard.stat().st_size, (tmp_path / "payload").stat().st_size
+    shard.write_bytes(shard.read_bytes() + (tmp_path / "payload").read_bytes())
+    (foreign / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(ValueError, match=r"cannot be read: it asks for io.open, which no tensor needs \(of .*none was run$"):
+        init_from(foreign, build(2), world=world)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_source_without_an_embedding_says_nothing_of_the_vocabulary(tmp_path, world):
+    source = save_foreign(tmp_path / "source", {"layers.0.weight": torch.ones(4, 4), "layers.1.weight": torch.ones(4, 4)})
+    numbers = MODEL_JSON["architecture"]
+    (source / "model.json").write_text(json.dumps(MODEL_JSON | {"architecture": numbers | {"tie_embeddings": True}}))
+    here = MODEL_JSON | {"architecture": numbers | {"tie_embeddings": False, "vocab_size": 9}}
+    ends = ["tok_embeddings.weight", "output.weight"]
+    assert "WARNING" not in "".join(init_from(source, build(2), allow_missing=ends, world=world, model_json=here))
 
 
 def warm_start_on_rank(rank, folder):

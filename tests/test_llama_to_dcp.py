@@ -50,7 +50,7 @@ def test_a_permutation_left_out_would_be_seen(tmp_path, monkeypatch, capsys):
     save_hf(tmp_path / "in", "gqa4")
     monkeypatch.setattr(convert, "from_hf", lambda name, tensor, head_dim: tensor)
     code = run("--input_dir", tmp_path / "in", "--output_dir", tmp_path / "out", "--vocab", "keep", "--verify")
-    assert code == 2 and "of the largest logit, above 1e-04" in capsys.readouterr().err
+    assert code == 2 and "of the largest logit, above 1e-04" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -111,6 +111,73 @@ def test_a_model_of_other_shapes_is_refused_with_the_number_that_differs(tmp_pat
         )
 
 
+def test_the_file_of_transformers_4_means_the_same_model_and_old_buffers_are_passed_over(tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    save_hf(tmp_path / "in", "gqa4", torch.float16)
+    path = tmp_path / "in" / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "torch_dtype": config.pop("dtype")}
+    del config["head_dim"]
+    path.write_text(json.dumps(config))
+    tensors = tensors_of(tmp_path / "in")
+    for name in ("model.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.inv_freq"):
+        tensors[name] = torch.ones(4)
+    save_file(tensors, tmp_path / "in" / "model.safetensors", {"format": "pt"})
+    convert_folder(tmp_path / "in", tmp_path / "out", "--vocab", "keep", "--verify")
+    said = capsys.readouterr().out
+    assert "rope_theta=500000.0, rope_scaling_factor=8.0" in said and "verified against transformers" in said
+
+
+# Name: dim, layers, multiple_of, multiplier and the width that the release's tensors have.
+RELEASES = {
+    "Llama-2-7b": (4096, 32, 256, None, 11008),
+    "Llama-2-13b": (5120, 40, 256, None, 13824),
+    "Llama-2-70b": (8192, 80, 4096, 1.3, 28672),
+    "Llama-3.1-8B": (4096, 32, 1024, 1.3, 14336),
+    "Llama-3.1-405B": (16384, 126, 4096, 1.2, 53248),
+    "Llama-3.2-1B": (2048, 16, 256, 1.5, 8192),
+    "Llama-3.2-3B": (3072, 28, 256, 1.0, 8192),
+}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_params_of_releases_give_their_widths_and_scaling_and_come_back(release):
+    dim, num_layers, multiple_of, multiplier, ffn_dim = RELEASES[release]
+    params = {"dim": dim, "n_layers": num_layers, "n_heads": 32, "multiple_of": multiple_of, "ffn_dim_multiplier": multiplier}
+    params |= {"vocab_size": -1, "use_scaled_rope": not release.startswith("Llama-2")}
+    numbers = convert.numbers_of_params(params, 128256)
+    assert (numbers["ffn_dim"], numbers["num_kv_heads"], numbers["vocab_size"]) == (ffn_dim, 32, 128256)
+    factor = {"2": None, "3.1": 8, "3.2": 32}[release.split("-")[1]]
+    assert numbers.get("rope_scaling_factor") == factor
+    whole = {"rope_theta": 5e5} | vars(llama3.Architecture(**numbers))
+    for changed in ({}, {"rope_scaling_factor": 4.0}, {"ffn_dim": ffn_dim + 1}):
+        again = convert.params_of(whole | changed)
+        assert llama3.Architecture(**convert.numbers_of_params(again, 128256)) == llama3.Architecture(**whole | changed)
+    assert ("use_scaled_rope" in convert.params_of(whole)) == (factor is not None)
+
+
+def test_shards_of_meta_that_are_missing_are_counted_and_settings_that_cannot_be_are_named(tmp_path, capsys):
+    save_meta(tmp_path / "in", 4)
+    for number in (2, 3):
+        (tmp_path / "in" / f"consolidated.{number:02d}.pth").unlink()
+    assert run("--input_dir", tmp_path / "in", "--output_dir", tmp_path / "out") == 2
+    assert "holds 2 of 4 shards by params.json's dim=64; download the rest" in capsys.readouterr().err
+    edit("params.json", multiple_of=0, n_heads="8")(tmp_path / "in")
+    assert run("--input_dir", tmp_path / "in", "--output_dir", tmp_path / "out") == 2
+    assert "n_heads='8' is no positive whole number; params.json: multiple_of=0 is no" in capsys.readouterr().err
+
+
+def test_of_two_kinds_of_settings_in_a_folder_those_count_whose_weights_are_there(tmp_path, capsys):
+    _, whole = save_meta(tmp_path / "in", 1)
+    (tmp_path / "in" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    weights = checkpoint.open_weights(
+        convert_folder(tmp_path / "in", tmp_path / "out", "--vocab", "keep"), world=distributed.start()
+    )
+    assert "Llama weights of Meta" in capsys.readouterr().out and weights.names.keys() == whole.keys()
+
+
 def drop(name):
     return lambda folder: (folder / name).unlink()
 
@@ -129,6 +196,26 @@ def move_tensor(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def store(change):
+    """Make one file of what this makes of each name and tensor."""
+
+    def spoil(folder):
+        from safetensors.torch import save_file
+
+        tensors = dict(change(name, tensor) for name, tensor in tensors_of(folder).items())
+        for path in folder.glob("*.safetensors*"):
+            path.unlink()
+        save_file(tensors, folder / "model.safetensors")
+
+    return spoil
+
+
+def only_pickles(folder):
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").touch()
+
+
 DAMAGES = {
     "no such folder": (lambda folder: folder.rename(folder.with_name("elsewhere")), "is not a folder"),
     "no config": (drop("config.json"), "has neither config.json (Hugging Face) nor params.json (Meta); it holds"),
@@ -136,12 +223,20 @@ DAMAGES = {
     "truncated": (cut("model-00002-of-00003.safetensors", 5), "is truncated; 5 of"),
     "absent shard": (move_tensor, "of which model-00009-of-00009.safetensors"),
     "damaged config": (cut("config.json", 9), "config.json is damaged"),
-    "wrong shape": (edit("config.json", intermediate_size=96), "layers.0.feed_forward.w1.weight (160, 64) instead of (96, 64)"),
-    "one layer more": (edit("config.json", num_hidden_layers=3), "missing: layers.2.attention.wq.weight"),
+    "wrong shape": (edit("config.json", intermediate_size=96), "layers.0.mlp.gate_proj.weight (160, 64) instead of (96, 64)"),
+    "one layer more": (edit("config.json", num_hidden_layers=3), "missing: model.layers.2.self_attn.q_proj.weight"),
     "another family": (edit("config.json", model_type="mistral"), "model_type='mistral'; only llama is understood"),
     "a bias": (edit("config.json", attention_bias=True), "attention_bias=true; the projections here have no bias"),
     "another rope": (edit("config.json", rope_parameters={"rope_type": "yarn"}), "rope_type='yarn'"),
-    "another head": (edit("config.json", head_dim=16), "head_dim=16 is not hidden_size / num_attention_heads = 64 / 8"),
+    "another head": (edit("config.json", head_dim=16), "hidden_size / num_attention_heads = 64 / 8 is not head_dim=16"),
+    "seven heads": (edit("config.json", num_attention_heads=7, head_dim=None), "64 / 7 is not a whole number"),
+    "no heads": (edit("config.json", num_attention_heads=0), "num_attention_heads=0 is no positive whole number"),
+    "a text for a number": (edit("config.json", hidden_size="64"), "hidden_size='64' is no positive whole number"),
+    "a text for a table": (edit("config.json", rope_parameters="x"), "rope_parameters='x' is no table"),
+    "two mistakes": (edit("config.json", mlp_bias=True, hidden_act="gelu"), "have no bias; config.json: hidden_act='gelu'"),
+    "pickles": (only_pickles, "let transformers write safetensors"),
+    "integers": (store(lambda name, tensor: (name, tensor.to(torch.int8))), "is of torch.int8; take weights that are not quan"),
+    "a name of ours": (store(lambda name, tensor: (name.replace("model.norm", "norm"), tensor)), "unknown: norm.weight"),
     "quantized": (edit("config.json", quantization_config={}), "take the weights that are not quantized"),
 }
 
@@ -170,8 +265,31 @@ def test_an_output_folder_that_holds_something_is_refused_and_unharmed(tmp_path,
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     assert run("--input_dir", three_shards, "--output_dir", tmp_path / "out") == 2
-    assert "is there already and not empty" in capsys.readouterr().err
+    assert "is there already and is no empty folder" in capsys.readouterr().err
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    assert run("--input_dir", three_shards, "--output_dir", tmp_path / "link") == 2
+    assert "is no empty folder" in capsys.readouterr().err
+
+
+def test_nothing_is_written_where_the_input_lies_or_the_command_runs(tmp_path, three_shards, monkeypatch, capsys):
+    source = shutil.copytree(three_shards, tmp_path / "in")
+    before = sorted(path.name for path in source.iterdir())
+    assert run("--input_dir", source, "--output_dir", source / "dcp") == 2
+    assert "lies inside" in capsys.readouterr().err and sorted(path.name for path in source.iterdir()) == before
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run("--input_dir", source, "--output_dir", ".") == 2
+    assert "is the folder that this command runs in" in capsys.readouterr().err
+
+
+def test_what_a_kill_or_another_conversion_left_is_named_and_not_touched(tmp_path, three_shards, capsys):
+    left = tmp_path / "Llama[8B].partial-00000000"
+    left.mkdir()
+    convert_folder(three_shards, tmp_path / "Llama[8B]")
+    said = capsys.readouterr().err
+    assert f"{left} is an interrupted conversion's, to be deleted, or one's that is running now" in said and left.is_dir()
 
 
 def test_a_full_disk_is_one_line_with_the_free_bytes_and_leaves_nothing(tmp_path, three_shards, monkeypatch, capsys):
@@ -192,8 +310,8 @@ def test_an_interruption_leaves_nothing_behind(tmp_path, three_shards, monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(convert, "from_hf", interrupt)
-    assert run("--input_dir", three_shards, "--output_dir", tmp_path / "out") == 2  # torch's writer passes it on as an error
-    assert "KeyboardInterrupt" in capsys.readouterr().err
+    assert run("--input_dir", three_shards, "--output_dir", tmp_path / "out") == 130  # though torch's writer is in between
+    assert "interrupted; what was there before is as it was" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,5 +1,6 @@
 """One run folder, one run: a second writer is refused by name, and what a dead one left is taken over."""
 
+import errno
 import json
 import os
 import socket
@@ -168,3 +169,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"file/run cannot be written"):
         take(tmp_path / "file" / "run")
+
+
+def test_a_full_disk_leaves_no_lock_behind(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(ValueError, match="cannot be written: .*No space left"):
+        take(tmp_path)
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+    take(tmp_path).release()

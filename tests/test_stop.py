@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from ranks import on_ranks
+from spike_files import table, write_arrow
 from whole_runs import before_step, deaf_again, exit_json, lines, losses, saved_steps, train_main
 
 from torchtitan_bio import distributed, stop
@@ -104,6 +106,30 @@ def test_a_run_that_finds_a_stop_file_leaves_before_it_builds_anything(tmp_path)
     on_ranks(2, train_main, tmp_path, SETTINGS)
     assert exit_json(tmp_path) == exit_json(tmp_path) | {"reason": "preempted", "step": None, "why": "STOP"}
     assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
+
+
+def signal_at_the_second_row(patch, rank):
+    from torchtitan_bio.data import recordings
+
+    rows, original = [], recordings.checksum_counts
+
+    def checksum_counts(*counts):
+        rows.append(1)
+        if len(rows) == 2 and rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert len(rows) < 6, "the index is made to its end"
+        return original(*counts)
+
+    patch.setattr(recordings, "checksum_counts", checksum_counts)
+
+
+def test_a_signal_while_an_index_is_made_is_heeded_before_the_next_row(tmp_path):
+    source = tmp_path / "rows.arrow"
+    write_arrow(source, table([np.full((4, 90), row, np.uint8) for row in range(20)]), max_rows=1)
+    settings = [*SETTINGS, "--data.source", str(source), "--validation.enable", "false"]
+    on_ranks(2, train_main, tmp_path / "run", settings, signal_at_the_second_row)
+    left = exit_json(tmp_path / "run")
+    assert (left["reason"], left["step"], left["why"]) == ("preempted", None, "SIGTERM")
 
 
 def let_the_third_step_take_950_s(patch, rank):

@@ -1,5 +1,6 @@
 """What the two converters share: how they refuse, how they show progress, how they end."""
 
+import glob
 import json
 import os
 import sys
@@ -15,12 +16,19 @@ from torchtitan_bio.checkpoint import CheckpointError, enumerate_names
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def refuse_existing(folder: Path):
-    """ValueError unless the folder can be made: nothing of that name, or an empty folder. Tells what an earlier kill left."""
-    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already and not empty; delete it or name another folder")
-    for left in folder.parent.glob(f"{folder.name}.partial-*"):
-        print(f"{left} is left over from an interrupted conversion; it can be deleted", file=sys.stderr)
+def refuse_existing(folder: Path, source: Path):
+    """ValueError unless the folder can be made of the source: nothing of that name, or an empty folder, and elsewhere.
+
+    Tells what an earlier kill left.
+    """
+    if folder.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{folder} lies inside {source}, where nothing is written; name a folder elsewhere")
+    if folder.resolve() == Path.cwd():
+        raise ValueError(f"{folder} is the folder that this command runs in; name one that it can make")
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already and is no empty folder; delete it or name another folder")
+    for left in folder.parent.glob(f"{glob.escape(folder.name)}.partial-*"):
+        print(f"{left} is an interrupted conversion's, to be deleted, or one's that is running now", file=sys.stderr)
 
 
 @contextmanager
@@ -71,7 +79,7 @@ def run(main: Callable[[], None]) -> int:
     try:
         main()
     except (ValueError, OSError, CheckpointError) as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        print(f"{script}: {'; '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{script}: interrupted; what was there before is as it was", file=sys.stderr)

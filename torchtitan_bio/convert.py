@@ -24,7 +24,7 @@ HF_NAMES = {
     "layers.*.feed_forward.w3.weight": "model.layers.*.mlp.up_proj.weight",
 }
 HF_CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "max_position_embeddings")
-HF_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # in old files: a function of the config
+HF_IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # in old files: a function of the config
 OF_THE_VOCABULARY = ("tok_embeddings.weight", "output.weight")
 HF_ROPE = {
     "rope_scaling_factor": "factor",
@@ -33,7 +33,11 @@ HF_ROPE = {
     "rope_original_context": "original_max_position_embeddings",
 }
 META_ROPE = {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_original_context": 8192}
-META_ROPE_FACTOR = 8.0  # where params.json says use_scaled_rope and no more
+# Where params.json says use_scaled_rope and no more: 8, as in Llama 3.1. Llama 3.2's two sizes have 32, which only their
+# config.json on the Hub tells; their params.json reads like one of 3.1.
+META_ROPE_FACTOR = 8.0
+META_ROPE_FACTORS = {(2048, 16): 32.0, (3072, 28): 32.0}
+HF_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 
 
 def hf_name(name: str) -> str:
@@ -71,8 +75,10 @@ def numbers_of_hf(config: dict) -> dict:
     problems = []
     if config.get("model_type") != "llama":
         raise ValueError(f"config.json: model_type={config.get('model_type')!r}; only llama is understood")
-    keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-    problems += [f"config.json: {key} is missing" for key in keys if key not in config]
+    problems += problems_of_sizes("config.json", config, HF_SIZES)
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key) or {}, dict):
+            problems.append(f"config.json: {key}={config[key]!r} is no table")
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             problems.append(f"config.json: {key}=true; the projections here have no bias")
@@ -84,9 +90,9 @@ def numbers_of_hf(config: dict) -> dict:
         raise ValueError("\n".join(problems))
     heads = config["num_attention_heads"]
     if (config.get("head_dim") or config["hidden_size"] // heads) * heads != config["hidden_size"]:
+        given = f"head_dim={config['head_dim']}" if config.get("head_dim") else "a whole number"
         problems.append(
-            f"config.json: head_dim={config['head_dim']} is not hidden_size / num_attention_heads = "
-            f"{config['hidden_size']} / {heads}, as it is here"
+            f"config.json: hidden_size / num_attention_heads = {config['hidden_size']} / {heads} is not {given}, as it must be"
         )
     # transformers 5 writes rope_parameters, 4 writes rope_theta beside rope_scaling.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -123,6 +129,8 @@ def hf_config(numbers: dict, *, dtype: str, context: int, carried: dict | None =
     rope = {"rope_type": "default"}
     if numbers["rope_scaling_factor"] != 1:
         rope = {"rope_type": "llama3"} | {there: numbers[here] for here, there in HF_ROPE.items()}
+        if context <= numbers["rope_original_context"]:  # transformers calls that a mistake; what the scaling is for, then
+            context = int(numbers["rope_original_context"] * numbers["rope_scaling_factor"])
     kept = {key: value for key, value in (carried or {}).items() if key in HF_CARRIED}
     return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "max_position_embeddings": context} | {
         **kept,
@@ -145,27 +153,44 @@ def hf_config(numbers: dict, *, dtype: str, context: int, carried: dict | None =
         "attention_dropout": 0.0,
         "mlp_bias": False,
         "dtype": dtype,
+        "torch_dtype": dtype,  # as transformers called it before 4.56
     }
 
 
 def numbers_of_params(params: dict, vocab_size: int) -> dict:
     """What Meta's params.json says. vocab_size: of the embedding itself, since Llama 2's file says -1."""
-    missing = [key for key in ("dim", "n_layers", "n_heads") if key not in params]
-    if missing:
-        raise ValueError(f"params.json: {', '.join(missing)} missing")
+    sizes = {"multiple_of": 256} | params
+    if problems := problems_of_sizes("params.json", sizes, ("dim", "n_layers", "n_heads", "multiple_of")):
+        raise ValueError("\n".join(problems))
+    if not isinstance(params.get("ffn_dim_multiplier") or 1, int | float):
+        raise ValueError(f"params.json: ffn_dim_multiplier={params['ffn_dim_multiplier']!r} is no number")
     numbers = {
         "dim": params["dim"],
         "num_layers": params["n_layers"],
         "num_heads": params["n_heads"],
         "num_kv_heads": params.get("n_kv_heads") or params["n_heads"],
-        "ffn_dim": meta_ffn_dim(params["dim"], params.get("multiple_of", 256), params.get("ffn_dim_multiplier")),
+        "ffn_dim": meta_ffn_dim(params["dim"], sizes["multiple_of"], params.get("ffn_dim_multiplier")),
         "vocab_size": vocab_size,
         "norm_eps": params.get("norm_eps", 1e-5),
         "rope_theta": params.get("rope_theta", 1e4),
     }
     if params.get("use_scaled_rope"):
-        numbers |= META_ROPE | {"rope_scaling_factor": params.get("rope_scaling_factor", META_ROPE_FACTOR)}
+        numbers |= META_ROPE | {"rope_scaling_factor": params.get("rope_scaling_factor") or usual_rope_factor(numbers)}
+        numbers["rope_high_freq_factor"] = params.get("rope_high_freq_factor") or META_ROPE["rope_high_freq_factor"]
     return numbers
+
+
+def usual_rope_factor(numbers: dict) -> float:
+    return META_ROPE_FACTORS.get((numbers["dim"], numbers["num_layers"]), META_ROPE_FACTOR)
+
+
+def problems_of_sizes(file: str, settings: dict, keys) -> list[str]:
+    """A line for each of these that is no positive whole number."""
+    return [
+        f"{file}: {key} is missing" if key not in settings else f"{file}: {key}={settings[key]!r} is no positive whole number"
+        for key in keys
+        if type(settings.get(key)) is not int or settings[key] < 1
+    ]
 
 
 def meta_ffn_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
@@ -185,20 +210,20 @@ def params_of(numbers: dict) -> dict:
         "vocab_size": numbers["vocab_size"],
         "norm_eps": numbers["norm_eps"],
         "rope_theta": numbers["rope_theta"],
-        "use_scaled_rope": numbers["rope_scaling_factor"] != 1,
     } | _ffn_rule(numbers["dim"], numbers["ffn_dim"])
-    if params["use_scaled_rope"]:
+    if numbers["rope_scaling_factor"] != 1:
+        params["use_scaled_rope"] = True  # which Meta's programs before Llama 3.1 do not know
         other = [f"{key}={numbers[key]} (it is {value} there)" for key, value in META_ROPE.items() if numbers[key] != value]
         if other:
             raise ValueError(f"Meta's params.json cannot say {', '.join(other)}; use --format hf")
-        if numbers["rope_scaling_factor"] != META_ROPE_FACTOR:
+        if numbers["rope_scaling_factor"] != usual_rope_factor(numbers):
             params["rope_scaling_factor"] = numbers["rope_scaling_factor"]
     return params
 
 
 def _ffn_rule(dim: int, ffn_dim: int) -> dict:
     """multiple_of and ffn_dim_multiplier from which Meta's rule makes ffn_dim: those of a release where they do."""
-    for multiple_of, multiplier in ((256, None), (1024, 1.3), (4096, 1.3), (1024, 1.4), (256, 1.5), (1024, 1.5), (1024, 1.0)):
+    for multiple_of, multiplier in ((256, None), (1024, 1.3), (4096, 1.2), (256, 1.5)):
         if meta_ffn_dim(dim, multiple_of, multiplier) == ffn_dim:
             return {"multiple_of": multiple_of} | ({} if multiplier is None else {"ffn_dim_multiplier": multiplier})
     # The middle between ffn_dim and the number above it is safe from rounding.

@@ -223,6 +223,7 @@ def one_line(error: BaseException) -> str:
 
 
 def check_name(repo: str):
+    """ValueError unless it can be the name of a repo."""
     from huggingface_hub.utils import validate_repo_id
 
     if repo.count("/") != 1:
@@ -245,16 +246,21 @@ def amount(count: int) -> str:
     return f"{count:.4g} GB"
 
 
+def need_blobfile():
+    try:
+        import blobfile  # noqa: F401
+    except ImportError as error:
+        raise ValueError("--copy_to needs blobfile: pip install 'torchtitan_bio[remote]'") from error
+
+
 def copy_to(folder, files: list[str], url: str, say: Callable[[str], None], *, manifest: str = "manifest.json"):
     """Copy these files of the folder to a folder that blobfile can name (gs://, az://, local), the manifest last.
 
     Where the manifest lies, the copy is whole. Until then one named .partial says whose half it is: the same call goes on with
     what is missing, and no file of another export is taken for ours because it has the same size.
     """
-    try:
-        import blobfile
-    except ImportError as error:
-        raise ValueError("--copy_to needs blobfile: pip install 'torchtitan_bio[remote]'") from error
+    need_blobfile()
+    import blobfile
 
     names = [name for name in files if name != manifest]
     sizes = measure(folder, [*names, manifest])

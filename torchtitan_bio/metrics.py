@@ -185,8 +185,11 @@ class MetricsFile:
         if self._lines is None:
             return
         entry = _plain(values)
-        self._lines.write(json.dumps({"kind": kind, "step": step, **entry}, allow_nan=False) + "\n")
-        self._lines.flush()
+        try:
+            self._lines.write(json.dumps({"kind": kind, "step": step, **entry}, allow_nan=False) + "\n")
+            self._lines.flush()
+        except OSError as error:  # of a full disk, which does not know what it was to hold
+            raise OSError(error.errno, error.strerror, self._lines.name) from error
         if self._board is not None:
             for path, number in _numbers(entry, kind):
                 self._board.add_scalar(path, number, step)

@@ -4,6 +4,7 @@ A holder that died leaves the file behind. It is taken over when its process is 
 earlier start of this very job, or when its heart has not beaten for too long.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -62,7 +63,13 @@ def take(folder: Path, *, stale_s: float, say: Callable[[str], None] = print) ->
             except FileExistsError:
                 _clear(path, own, stale_s, say)
                 continue
-            os.write(descriptor, content)
+            try:
+                if os.write(descriptor, content) != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            except OSError:  # a lock without a name would keep everyone out
+                os.close(descriptor)
+                path.unlink()
+                raise
             return Lock(path, descriptor, content)
     except OSError as error:
         raise ValueError(f"{folder} cannot be written: {error}") from error

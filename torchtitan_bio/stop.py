@@ -14,6 +14,10 @@ SIGNALS = ("SIGTERM", "SIGUSR1")
 SOURCES = (*SIGNALS, "STOP", "wall clock")
 
 
+class Stopped(Exception):
+    """This process is to leave what it is doing."""
+
+
 class Stops:
     """Listens from its making on. `why` is the source that stops the run, None until all ranks know of one.
 
@@ -46,6 +50,11 @@ class Stops:
         """Whether the run is to stop: asked of all ranks together, where no sum of a step can carry it."""
         self.hear(world.sum(self._wanted()))
         return self.why is not None
+
+    def heed(self):
+        """Stopped if this rank knows of a wish: in the middle of what it does alone, while the others wait to poll."""
+        if any(self._wanted().values()):
+            raise Stopped
 
     def margin_s(self) -> float:
         """How long before its time is up the run leaves: the last save and two steps, but a minute at least.

@@ -17,8 +17,9 @@ import torch
 from torchtitan_bio import distributed
 from torchtitan_bio.checkpoint import commit, dcp
 from torchtitan_bio.checkpoint.load import differences, words
+from torchtitan_bio.checkpoint.peers import CheckpointError
 from torchtitan_bio.checkpoint.tensors import enumerate_names
-from torchtitan_bio.checkpoint.weights import TRAINING_STATE, left_aside, open_weights
+from torchtitan_bio.checkpoint.weights import TRAINING_STATE, check_is_step, left_aside, open_weights
 
 
 def main(arguments: list[str]) -> int:
@@ -35,12 +36,13 @@ def main(arguments: list[str]) -> int:
     asked = parser.parse_args(arguments)
     try:
         return show(asked.folder, asked.hash) if asked.command == "inspect" else compare(*asked.folders, asked.values)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CheckpointError) as error:
         print(error, file=sys.stderr)
         return 2
 
 
 def show(folder: Path, with_hash: bool) -> int:
+    check_is_step(folder)
     index = dcp.read_metadata(folder)
     tensors = dcp.stored_tensors(index)
     print(*table(tensors), sep="\n")
@@ -58,7 +60,7 @@ def show(folder: Path, with_hash: bool) -> int:
         print(f", {state['tokens']:,} tokens seen" if "tokens" in state else "")
         for section, settings in state.get("config", {}).items():
             print(f"config {section}: " + ", ".join(f"{key}={value}" for key, value in settings.items()))
-    if model := read_if_there(folder / "model.json"):
+    if (model := read_if_there(folder / "model.json")).keys() >= {"family", "flavor", "architecture"}:
         numbers = ", ".join(f"{key}={value}" for key, value in model["architecture"].items())
         print(f"model.json: {model['family']} {model['flavor']}: {numbers}")
     print(verdict)
@@ -80,6 +82,8 @@ def verify(folder: Path, index, with_hash: bool) -> str:
 
 
 def compare(left: Path, right: Path, with_values: bool) -> int:
+    for folder in (left, right):
+        check_is_step(folder)
     indexes = [dcp.read_metadata(folder) for folder in (left, right)]
     one, other = (dcp.stored_tensors(index) for index in indexes)
     found = [f"only in {left}: {enumerate_names(sorted(one.keys() - other))}"] if one.keys() - other else []

@@ -5,14 +5,16 @@ weights_only=True; anything else is never asked for.
 """
 
 import pickle
+import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import (
+    CheckpointException,
     DefaultLoadPlanner,
     DefaultSavePlanner,
     FileSystemReader,
@@ -20,10 +22,10 @@ from torch.distributed.checkpoint import (
     filesystem,
     metadata,
 )
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from torchtitan_bio.checkpoint.peers import Peers
-from torchtitan_bio.checkpoint.tensors import dtype_name
+from torchtitan_bio.checkpoint.tensors import dtype_name, enumerate_names
 
 
 def strided(name: str) -> torch.layout:
@@ -89,13 +91,41 @@ def read_metadata(folder: Path) -> Metadata:
     try:
         with path.open("rb") as stream:
             index = MetadataUnpickler(stream).load()
+        if not isinstance(index, Metadata):
+            raise ValueError("it holds no DCP metadata")
+        check(index)
     except OSError:
         raise
     except Exception as error:  # damaged pickles fail in every way there is
-        raise ValueError(f"{path} is refused: {error}") from error
-    if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
-        raise ValueError(f"{path} is refused: it holds no DCP metadata")
+        raise ValueError(f"{path} is refused: {' '.join(str(error).split())}") from error
     return index
+
+
+def check(index: Metadata):
+    """An error of some kind unless all is of the types that torch writes: a pickle may leave out or replace any field."""
+    for name, entry in index.state_dict_metadata.items():
+        if not isinstance(name, str) or not isinstance(entry, (TensorStorageMetadata, BytesStorageMetadata)):
+            raise ValueError(f"{name!r} is neither a tensor nor a value")
+        if isinstance(entry, TensorStorageMetadata) and not is_sound(entry):
+            raise ValueError(f"what it says of {name} cannot be")
+    for key, place in index.storage_data.items():
+        if not isinstance(key, MetadataIndex) or not isinstance(place, filesystem._StorageInfo):
+            raise ValueError("it does not say where its tensors lie")
+        if PurePosixPath(place.relative_path).name != place.relative_path:
+            raise ValueError(f"it names files outside its folder, {place.relative_path}")
+        if not (type(place.offset) is type(place.length) is int and place.offset >= 0 and place.length >= 0):
+            raise ValueError(f"{key.fqn} lies at bytes {place.offset!r} and on, {place.length!r} of them")
+
+
+def is_sound(entry: TensorStorageMetadata) -> bool:
+    """Whether a tensor has a type and a shape, and its chunks lie inside it."""
+    boxes = [(chunk.offsets, chunk.sizes) for chunk in entry.chunks]
+    sizes = [entry.size, *(size for box in boxes for size in box)]
+    if not isinstance(entry.properties.dtype, torch.dtype) or not all(isinstance(size, torch.Size) for size in sizes):
+        return False
+    if any(len(size) != len(entry.size) or min(size, default=0) < 0 for size in sizes):
+        return False
+    return all(first + count <= whole for box in boxes for first, count, whole in zip(*box, entry.size, strict=True))
 
 
 def stored_tensors(index: Metadata) -> dict[str, dict]:
@@ -141,7 +171,7 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], peers: Peers, read: Ca
     one_file = read is None  # torch's writer holds all tensors of a file until it is closed
     writer = FileSystemWriter(folder, single_file_per_rank=one_file, thread_count=1, sync_files=True, per_thread_copy_ahead=0)
     planner = None if read is None else LazyPlanner(read)
-    with without_crc32():
+    with without_crc32(), heeding_interrupts():
         dcp.save(tensors, storage_writer=writer, planner=planner, process_group=peers.group)
 
 
@@ -161,10 +191,35 @@ def without_crc32():
 
 def read_in_place(folder: Path, index: Metadata, tensors: dict[str, torch.Tensor], peers: Peers):
     """Fill the tensors with what is stored under their names, whatever number of ranks wrote it."""
-    outside = {
-        place.relative_path for place in index.storage_data.values() if Path(place.relative_path).name != place.relative_path
-    }
-    if outside:
-        raise ValueError(f"{folder / '.metadata'} is refused: it names files outside its folder, {sorted(outside)[0]}")
     planner = TensorPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp.load(dict(tensors), storage_reader=TensorReader(folder, index), planner=planner, process_group=peers.group)
+    with heeding_interrupts():
+        try:
+            dcp.load(dict(tensors), storage_reader=TensorReader(folder, index), planner=planner, process_group=peers.group)
+        except CheckpointException as error:
+            rank, (cause, _) = min(error.failures.items())
+            if not isinstance(cause, Exception) or isinstance(cause, OSError | MemoryError):
+                raise
+            where = f", on rank {rank}" if peers.size > 1 else ""
+            raise ValueError(
+                f"{folder} cannot be read{where}: {describe(cause)} (of {enumerate_names(list(tensors))}); it is damaged, or "
+                "was made to run code, and none was run"
+            ) from error
+
+
+def describe(cause: Exception) -> str:
+    """What the bytes of a file did to their reader, in a line. Of a pickle torch would advise to trust it."""
+    if isinstance(cause, pickle.UnpicklingError):
+        named = re.search(r"GLOBAL (\S+)", str(cause))
+        return f"it asks for {named[1]}, which no tensor needs" if named else "what lies there is no tensor"
+    return f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')}"
+
+
+@contextmanager
+def heeding_interrupts() -> Iterator[None]:
+    """KeyboardInterrupt instead of torch's report that a rank failed because of it. All ranks have the same report."""
+    try:
+        yield
+    except CheckpointException as error:
+        if any(isinstance(cause, KeyboardInterrupt) for cause, _ in error.failures.values()):
+            raise KeyboardInterrupt from error
+        raise

@@ -132,11 +132,12 @@ def compare(path: Path, names: dict[str, str], stored: dict, wanted: dict, allow
 
 
 def different_numbers(path: Path, model_json: dict | None, has_embedding: bool) -> list[str]:
-    """In what the architectures differ. The vocabulary of a source without an embedding is nobody's."""
+    """In what the architectures differ. A source without an embedding leaves open what is at both ends of the model."""
     if model_json is None or not (path / "model.json").exists():
         return []
     found = differences(commit.read_json(path / "model.json"), model_json)
-    return [each for each in found if has_embedding or not each.startswith("architecture.vocab_size ")]
+    at_the_ends = ("architecture.vocab_size ", "architecture.tie_embeddings ")
+    return [each for each in found if has_embedding or not each.startswith(at_the_ends)]
 
 
 def report(path: Path, match: Match, renamed: dict[str, str], numbers: list[str], aside: str) -> list[str]:

@@ -38,10 +38,12 @@ class Weights:
         path = self.path / name
         return commit.read_json(path) if path.exists() else None
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor in its own type or in another, to which it is rounded as it is read."""
         entry = self.index.state_dict_metadata[self.names[name]]
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        dcp.read_in_place(self.path, self.index, {self.names[name]: tensor}, self.peers)
+        tensor = torch.empty(entry.size, dtype=dtype or entry.properties.dtype)
+        target = {self.names[name]: tensor}
+        self.peers.each(f"reading {self.path}", lambda: dcp.read_in_place(self.path, self.index, target, self.peers))
         return tensor
 
 

@@ -66,15 +66,19 @@ class Index:
 
 
 class Recordings:
-    """The recordings of some Parquet, Arrow or npz files. Pickled by the files' names: a copy elsewhere maps them anew."""
+    """The recordings of some Parquet, Arrow or npz files. Pickled by the files' names: a copy elsewhere maps them anew.
 
-    def __init__(self, files, cache_folder=None):
+    heed: called before each row while an index is made, which can take an hour; what it raises ends that.
+    """
+
+    def __init__(self, files, cache_folder=None, heed=lambda: None):
+        self.heed = heed
         self.files, self.cache_folder = list(files), Path(cache_folder or sources.default_cache())
         self.keep_index = bool(cache_folder) or sources.total_size(files) > sources.IN_MEMORY_BYTES
         self._counts = None
 
     def __getstate__(self):
-        return {**self.__dict__, "_counts": None}
+        return {name: value for name, value in self.__dict__.items() if name != "heed"} | {"_counts": None}
 
     def block(self, index, row, begin, end):
         """Counts (n, end - begin) of bins [begin, end): a view of what is stored, of whatever integer type that has."""
@@ -103,7 +107,7 @@ class Recordings:
         return clipped
 
     def _scan_all(self):
-        return _concatenate([_scan(number, chunk) for number, chunk in enumerate(self._chunks())])
+        return _concatenate([_scan(number, chunk, self.heed) for number, chunk in enumerate(self._chunks())])
 
     def _chunks(self):
         for file in self.files:
@@ -240,7 +244,7 @@ def _any_null(values, offsets):
     return nulls_before[offsets[1:]] > nulls_before[offsets[:-1]]
 
 
-def _scan(number, chunk):
+def _scan(number, chunk, heed=lambda: None):
     """The index of one chunk."""
     n = np.diff(chunk.rows).astype(np.int64)
     bins = np.diff(chunk.neurons[: chunk.rows[-1] + 1]).astype(np.int64)
@@ -251,6 +255,7 @@ def _scan(number, chunk):
     offset = chunk.neurons[chunk.rows[:-1]].astype(np.int64)
 
     def look(row):
+        heed()
         if chunk.fault:
             return 0, 0, chunk.fault
         if chunk.missing[row]:

@@ -228,16 +228,17 @@ def build(
     max_malformed_rows=0,
     index_folder=None,
     overlap=False,
+    heed=lambda: None,
 ):
     """The dataset that the settings of [data] describe. With `overlap` (mode aligned) it is the finite set for evaluation, in
     which each count is scored once and source_weights have no say.
 
     The index of large files is kept in the user's cache, or that of any files in `index_folder` where one is named. The process
-    that builds first does the work: one pass over the data. The others read what it left.
+    that builds first does the work: one pass over the data. The others read what it left. heed: see Recordings.
     """
     _check(mode, split_by, overlap, source_weights, num_neurons)
     found = find(source, split, split_by)
-    store = Recordings(found, index_folder) if isinstance(found, list) else found
+    store = Recordings(found, index_folder, heed) if isinstance(found, list) else found
     index = store.index()
     if not len(index):
         raise ValueError(f"{source} has no rows in split {split!r}")

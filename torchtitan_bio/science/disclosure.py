@@ -12,7 +12,8 @@ UNKNOWN = "unknown: fill in"
 # What names a place, a person or a secret: absolute and home paths, URLs, variables, addresses, tokens of the usual makers.
 PRIVATE = re.compile(
     r"(^|[^\w.*)\]-])[/~]|\\|\b[A-Za-z]:/|(^|[^.])\.{1,2}/|(^|/)(home|Users)/|\$\w|@"
-    r"|(?<![A-Za-z0-9])(hf|ghp|api|sk)[_-][A-Za-z0-9]{6}|hf_[A-Za-z0-9]{20}|github_pat_|AKIA[A-Z0-9]{8}|eyJ[\w-]{8}"
+    r"|(?<![A-Za-z0-9])(hf|gh[opusr]|glpat|api|sk|sk-[a-z]+)[_-][A-Za-z0-9]{5}|hf_[A-Za-z0-9]{20}|github_pat_"
+    r"|AKIA[A-Z0-9]{8}|eyJ[\w-]{8}"
 )
 LEFT_OUT = "(left out: it may name a place or a person)"
 PRIVATE_KEYS = ("data.index_folder",)
