@@ -18,6 +18,7 @@ import secrets
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def main(asked: argparse.Namespace):
     if not (asked.input_dir / ".metadata").exists() and any((asked.input_dir / name).exists() for name in WEIGHTS_OF_OTHERS):
         raise ValueError(f"{asked.input_dir} is no checkpoint, but holds Llama weights; llama_to_dcp.py makes one of them")
     world = distributed.start()
-    weights = checkpoint.open_weights(asked.input_dir, world=world)
+    weights = checkpoint.open_weights(asked.input_dir, world=world, check=False)
     model_json = model_of(weights, asked)
     architecture = models.restore(model_json["family"], model_json["architecture"])
     check_tensors(weights, model_json["family"], architecture)
@@ -171,7 +172,13 @@ def write(export: Export, asked) -> dict[str, dict]:
     staging.mkdir(parents=True)
     started = time.monotonic()
     try:
-        files = fill(staging, export, asked)
+        # The input is hashed beside its export, which has no name before every byte of it is known to be as it was written.
+        with ThreadPoolExecutor(1) as aside:
+            checked = aside.submit(export.weights.check)
+            try:
+                files = fill(staging, export, asked)
+            finally:  # damage is told as such, whatever came of it
+                checked.result()
         seconds = time.monotonic() - started
         if asked.verify:
             verify(staging, export)

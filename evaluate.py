@@ -3,6 +3,7 @@
 python evaluate.py --checkpoint outputs/quickstart
 torchrun --nproc_per_node 8 evaluate.py --checkpoint outputs/primate_8B --data eminorhan/neural-pile-primate --by source_dataset
 python evaluate.py --checkpoint outputs/ring_hmm --all-checkpoints --data ring-hmm:n=8,K=16,p=0.1,bins=32
+python evaluate.py --checkpoint outputs/quickstart --rollouts 32       # and how far ahead it knows the future
 
 Leaves evaluation.json and pictures. Exit status: 0 done, 2 something is to be mended in what was asked, 1 any other failure.
 """
@@ -32,11 +33,21 @@ def read_own_flags(argv: list[str]):
     parser.add_argument("--windows", type=int, help="score so many, chosen by hash (default: every held-out count once)")
     parser.add_argument("--batch", type=int, help="windows a process reads at once (default: as in training)")
     parser.add_argument("--no-baselines", action="store_true", help="leave out what is fitted to the training split")
+    ahead = parser.add_argument_group("forecasts: the model goes on by itself (off by default, because it takes long)")
+    ahead.add_argument("--rollouts", type=int, help="of each prompt, whose mean is the forecast; 32 is a start")
+    ahead.add_argument("--horizon", type=int, help="bins to forecast (default: half a window, 25 at most)")
+    ahead.add_argument(
+        "--context", type=int, help="bins seen before (default: half a window, or what the horizon leaves of it)"
+    )
+    ahead.add_argument("--prompts", type=int, help="windows to forecast in, by hash (default: 64)")
     parser.add_argument("--out", help="a folder for what is left (default: evaluation in the run folder)")
     flags, rest = parser.parse_known_args(argv)
-    for name in ("windows", "batch"):
+    for name in ("windows", "batch", "rollouts", "horizon", "context", "prompts"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             parser.error(f"--{name}={getattr(flags, name)} must be at least 1")
+    for name in ("horizon", "context", "prompts"):
+        if getattr(flags, name) is not None and flags.rollouts is None:
+            parser.error(f"--{name} is of a forecast; give --rollouts too, 32 for a start")
     return flags, rest
 
 
@@ -59,9 +70,10 @@ from torchtitan_bio import attention, context_parallel, data, distributed, exits
 from torchtitan_bio.checkpoint import commit
 from torchtitan_bio.config import Checkpoint, Config, ConfigError, Data
 from torchtitan_bio.data import loader, ring_hmm
-from torchtitan_bio.science import baselines, contamination, evaluation, score_plots, trained
+from torchtitan_bio.science import baselines, contamination, evaluation, forecast, sampling, score_plots, trained
 
 OF_THE_RUN = ("data", "training", "validation")
+OF_THIS_PROCESS = ("measured", "numbers", "forecast_nats")  # entries of a record that are not written
 
 
 def main(loaded: config_loader.Loaded, flags):
@@ -94,6 +106,7 @@ def main(loaded: config_loader.Loaded, flags):
                 f"warning: windows of {config.training.seq_len:,} tokens, and the model was trained on {found.seq_len:,}: it "
                 "has never met the positions beyond"
             )
+        places = choose_places(held_out, flags) if flags.rollouts else None
     records, refused = [], []
     for step in steps:
         try:
@@ -106,13 +119,15 @@ def main(loaded: config_loader.Loaded, flags):
             continue
         say(line)
         records.append(measure(model, line, held_out, config, flags, world))
+        if places:
+            records[-1] |= look_ahead(model, held_out, places, flags, world, dtype, say)
         del model
         gc.collect()
     distributed.stop()
     if not records:
         raise ConfigError(f"no checkpoint of {found.path} can be read", *refused)
     if world.rank == 0:
-        finish(folder, records, refused, held_out, found, config, flags)
+        finish(folder, records, refused, held_out, places, found, config, flags)
 
 
 def settle(loaded: config_loader.Loaded, found, flags) -> Config:
@@ -133,6 +148,8 @@ def settle(loaded: config_loader.Loaded, found, flags) -> Config:
         config = replace(config, **sections)
     elif not config.job.config_file and found.seq_len and "training.seq_len" not in of_command_line:
         config = replace(config, training=replace(config.training, seq_len=found.seq_len))
+    if not (found.config or config.job.config_file or flags.data or "data.source" in of_command_line):
+        raise ConfigError(f"nothing says what {found.path} was trained on: give --data")
     own, validation = config.validation.source or config.data.source, replace(config.validation, source="")
     if flags.split:
         validation = replace(validation, split=flags.split)
@@ -228,6 +245,27 @@ def measure(model, line: str, held_out, config: Config, flags, world) -> dict:
     return record
 
 
+def choose_places(held_out, flags) -> forecast.Places:
+    """What is forecast."""
+    prompts = flags.prompts or forecast.PROMPTS
+    return forecast.choose(held_out, prompts=prompts, horizon=flags.horizon, context=flags.context, by=flags.by)
+
+
+def look_ahead(model, held_out, places: forecast.Places, flags, world, dtype, say) -> dict:
+    """The forecast as JSON, and its nats, "forecast_nats", which stay here."""
+    kernel = sampling.choose_kernel(world.device, dtype, model.architecture.head_dim)
+    sampler = sampling.Sampler(model=model.eval(), kernel=kernel, dtype=dtype, device=world.device)
+    tell = baselines.every_ten_seconds(say, "forecast: prompt {}")
+    rates = forecast.predict(sampler, places, rollouts=flags.rollouts, world=world, prompts_at_once=flags.batch, tell=tell)
+    nats = forecast.nats_at(places, rates)
+    best = forecast.exact(held_out, places)
+    record = forecast.record(
+        places, nats, rollouts=flags.rollouts, ideal=None if best is None else forecast.nats_at(places, best)
+    )
+    say(forecast.line(record))
+    return {"forecast": record, "forecast_nats": nats}
+
+
 def choose_attention(config: Config, head_dim: int, world, dtype, say):
     """The kernel, around which ranks that share a sequence meet."""
     is_ring = world.context_size > 1 and config.parallelism.context_parallel_method == "ring"
@@ -239,7 +277,7 @@ def choose_attention(config: Config, head_dim: int, world, dtype, say):
     return context_parallel.Ring(kernel, group) if is_ring else context_parallel.Ulysses(kernel, group)
 
 
-def finish(folder: Path, records: list[dict], refused: list[str], held_out, found, config: Config, flags):
+def finish(folder: Path, records: list[dict], refused: list[str], held_out, places, found, config: Config, flags):
     """What one process does alone: baselines, warnings, files."""
     measured, numbers = records[-1]["measured"], records[-1]["numbers"]
     ladders, left_out, training = {}, {}, None
@@ -249,8 +287,18 @@ def finish(folder: Path, records: list[dict], refused: list[str], held_out, foun
         ladders = evaluation.against_baselines(held_out, numbers, measured, baselines.score(training, held_out))
         for line in evaluation.ladder_lines(ladders["all"]) if ladders else []:
             print(line)
+        rates = forecast.simple(training, held_out, places) if places else {}
+        for each in records if rates else []:
+            each["forecast"]["baselines"] = forecast.against(places, each["forecast_nats"], rates)
+    if places:
+        print(*forecast.table(records[-1]["forecast"]), sep="\n")
     warnings = [f"not evaluated: {why}" for why in refused]
     warnings += [f"not scored: {name}: {why}" for name, why in held_out.not_scored]
+    if places and places.left_out:
+        warnings.append(
+            f"not forecast: {len(places.left_out):,} recordings whose windows do not hold context and {places.horizon:,} bins, "
+            f"{places.left_out[0]} among them"
+        )
     warnings += [f"baselines leave out {len(names):,} held-out recordings: {reason}" for reason, names in left_out.items()]
     warnings += contamination.warnings(trained_on(found, config, training), held_out)
     for line in warnings:
@@ -266,7 +314,7 @@ def finish(folder: Path, records: list[dict], refused: list[str], held_out, foun
             "warnings": warnings,
             "baselines": ladders,
             "baselines_left_out": left_out,
-            "checkpoints": [{key: each[key] for key in each if key not in ("measured", "numbers")} for each in records],
+            "checkpoints": [{key: each[key] for key in each if key not in OF_THIS_PROCESS} for each in records],
         },
     )
     print(f"written: {folder}")

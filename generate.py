@@ -156,6 +156,8 @@ def read_prompts(flags, found) -> Prompts:
             + (f" and {bins:,} to compare with for {flags.prompts} prompts" if flags.prompts > 1 else "")
         )
     starts = [start + number * (last - start) // max(1, flags.prompts - 1) for number in range(flags.prompts)]
+    width_s = dataset.about["bin_width_s"]
+    a_bin = f"; a bin is {width_s:g} s" if isinstance(width_s, int | float) else ""
     where = f"from bin {start:,}" if flags.prompts == 1 else f"from {flags.prompts} bins between {start:,} and {last:,} on"
     return Prompts(
         counts=np.stack([recording[:, at : at + context] for at in starts]),
@@ -163,7 +165,7 @@ def read_prompts(flags, found) -> Prompts:
         recording=recording,
         bins=bins,
         window_bins=window or window_of(found, n),
-        words=f"prompt: {context:,} bins of {n:,} neurons of {name} {where}",
+        words=f"prompt: {context:,} bins of {n:,} neurons of {name} {where}{a_bin}",
     )
 
 

@@ -1,5 +1,6 @@
 """evaluate.py from checkpoint to numbers: the same on any number of ranks, those of the run's own validation."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -20,12 +21,13 @@ from torchtitan_bio.checkpoint import Checkpointer
 from torchtitan_bio.config import Config, ConfigError, Data, Parallelism, Training
 from torchtitan_bio.data import spikes
 from torchtitan_bio.models.llama3 import Model
-from torchtitan_bio.science import baselines, contamination
+from torchtitan_bio.science import baselines, contamination, evaluation
 from torchtitan_bio.science.scores import SpikeScores
 
 ARCHITECTURE = dataclasses.replace(SMALL, num_layers=2, vocab_size=256, rope_theta=77.0, rope_scaling_factor=4.0)
 SOURCE = "ring-hmm:n=3,K=8,bins=50,rows=40,test_rows=12"
 SEQ_LEN = 64  # 16 bins
+FORECAST = "--rollouts 3 --prompts 5 --horizon 2"
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def numbers(value, path=""):
 
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
-    return evaluated(run, tmp_path_factory.mktemp("whole"))
+    return evaluated(run, tmp_path_factory.mktemp("whole"), *FORECAST.split())
 
 
 def test_the_scores_are_those_of_the_runs_own_validation_and_all_is_written(run, whole, tmp_path, capsys):
@@ -113,8 +115,14 @@ def test_the_scores_are_those_of_the_runs_own_validation_and_all_is_written(run,
     ids=["2 ranks", "4 ranks", "2 ranks that share each window", "2 ranks around a ring"],
 )
 def test_ranks_get_the_numbers_of_one_process(run, whole, tmp_path, world_size, words):
-    on_ranks(world_size, on_a_rank, run, tmp_path, words)
+    on_ranks(world_size, on_a_rank, run, tmp_path, [*words, *FORECAST.split()])
     found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (tmp_path / "forecast.png").read_bytes().startswith(b"\x89PNG")
+    for each in (found, whole):
+        (record,) = each["checkpoints"] = copy.deepcopy(each["checkpoints"])
+        assert len(record["forecast"]["fp_bits_per_spike"]) == 2 and record["forecast"]["prompts"] == 5
+        if not found["baselines"]:
+            record["forecast"].pop("baselines", None)
     assert numbers(found["checkpoints"]) == pytest.approx(numbers(whole["checkpoints"]), rel=1e-5, abs=1e-6)
     ours, theirs = (numbers(each["checkpoints"][0]["scores"]) for each in (found, whole))
     assert ours == pytest.approx(theirs, rel=1e-6)
@@ -153,6 +161,8 @@ def test_a_folder_of_hugging_face_scores_as_the_checkpoint_it_was_made_from(run,
     bridge.run(lambda: dcp_to_llama.main(dcp_to_llama.parse(words)))
     with pytest.raises(ConfigError, match="--out says where"):
         evaluate.out_folder(evaluate.trained.find(exported), evaluate.read_own_flags(["--checkpoint", "x"])[0])
+    with pytest.raises(ConfigError, match="hf was trained on: give --data"):
+        evaluated(exported, tmp_path / "out")
     result = evaluated(exported, tmp_path / "out", "--data", SOURCE, "--no-baselines", "--training.seq_len", SEQ_LEN)
     ours, theirs = (numbers(each["checkpoints"][0]["scores"]) for each in (result, whole))
     assert ours == pytest.approx(theirs, rel=1e-6) and result["checkpoints"][0]["step"] is None
@@ -198,6 +208,19 @@ def test_a_subset_of_windows_is_compared_with_baselines_on_the_same_bins(run, wh
     assert [rung["name"] for rung in ladder["rungs"]] == [rung["name"] for rung in whole["baselines"]["all"]["rungs"]]
 
 
+def test_forecasts_are_asked_for_by_their_rollouts(capsys):
+    for words, complaint in (("--horizon 3", "--horizon is of a forecast; give --rollouts"), ("--rollouts 0", "at least 1")):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.read_own_flags(["--checkpoint", "x", *words.split()])
+        assert complaint in capsys.readouterr().err
+
+
+def test_a_model_that_is_worse_than_the_histogram_has_captured_nothing(whole):
+    ideal = whole["checkpoints"][0]["ideal"]
+    assert ideal["captured"] < 0 and "captured nothing" in evaluation.ideal_lines(ideal)[-1]
+    assert "captured 40.0%" in evaluation.ideal_lines(ideal | {"captured": 0.4})[-1]
+
+
 def test_other_data_and_another_length_of_windows_are_taken_from_the_command_line(run, tmp_path, capsys):
     source = "ring-hmm:n=2,K=8,bins=20,rows=4,test_rows=3"
     result = evaluated(run, tmp_path, "--data", source, "--training.seq_len", 30, "--no-baselines")
@@ -227,8 +250,13 @@ def test_how_the_run_was_spread_over_devices_is_not_taken_over_but_its_windows_a
         (lambda run: run, ["--data", "nowhere.npz"], "nowhere.npz"),
         (lambda run: run, ["--split", "dev"], "dev"),
         (lambda run: run, ["--training.seq_len", "7"], "holds 2 bins of no recording"),
+        (
+            lambda run: run,
+            ["--rollouts", "2", "--horizon", "16"],
+            "no window holds 1 . 16 bins, seen and forecast: the longest",
+        ),
     ],
-    ids=["no folder", "one step", "no data", "no split", "short windows"],
+    ids=["no folder", "one step", "no data", "no split", "short windows", "far horizon"],
 )
 def test_what_cannot_be_evaluated_is_refused_with_words(run, tmp_path, change, words, complaint):
     with pytest.raises(ConfigError, match=complaint):

@@ -153,9 +153,12 @@ def test_what_cannot_work_is_refused_before_a_folder_is_made(run, tmp_path, monk
 def test_folders_that_hold_no_model_or_hold_something_are_refused(run, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "samples.npz").touch()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "config.toml").touch()
     for checkpoint, out, complaint in (
         (tmp_path / "gone", "out", "gone is not a folder"),
         (tmp_path, "out", "holds no model"),
+        (tmp_path / "cut", "out", "the run .*cut has no checkpoint yet"),
         (run, "full", "full holds something"),
     ):
         with pytest.raises(ConfigError, match=complaint):

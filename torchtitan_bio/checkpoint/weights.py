@@ -24,7 +24,7 @@ class Weights:
     names: dict[str, str]
     """Name of a parameter -> the name it is stored under."""
     manifest: dict | None
-    """Of a committed folder of ours, every byte of which is as written."""
+    """Of a committed folder of ours."""
     peers: Peers
 
     @property
@@ -32,6 +32,11 @@ class Weights:
         """{name: {"shape", "dtype"}}"""
         stored = dcp.stored_tensors(self.index)
         return {name: stored[there] for name, there in self.names.items()}
+
+    def check(self):
+        """ValueError unless every byte is as it was written, as far as the folder tells. May run in a second thread."""
+        if self.manifest:
+            commit.check_hashes(self.path, self.manifest["files"])
 
     def document(self, name: str) -> dict | None:
         """A JSON file that was written beside the tensors."""
@@ -47,15 +52,16 @@ class Weights:
         return tensor
 
 
-def open_weights(path, *, world) -> Weights:
+def open_weights(path, *, world, check: bool = True) -> Weights:
     """Verify a DCP folder as far as it can be and read what it says of itself; ValueError where it is damaged or no checkpoint.
 
-    One of ours has a sha256 for each file; of another only the sizes can be checked.
+    One of ours has a sha256 for each file; of another only the sizes can be checked. Without `check` the caller calls check()
+    before it trusts what it has read.
     """
     path, peers = Path(path), meet(world)
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder")
-    manifest = examine(path, peers) if check_is_step(path) else None
+    manifest = (examine(path, peers) if check else commit.inspect(path)) if check_is_step(path) else None
     index = dcp.read_metadata(path)
     names = model_names(index)
     sizes = {file.name: file.stat().st_size for file in path.iterdir()}

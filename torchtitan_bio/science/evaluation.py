@@ -120,7 +120,7 @@ def _ladder(cells: CellSums, chosen, nats) -> dict | None:
 def table(record: dict) -> list[str]:
     """Scores of all, of the mean, of each group."""
     head = ("bits/spike", "over histogram", "of rates", "bits/count", "nats/count", "spikes")
-    lines = ["", f"{'held-out':<34}" + "".join(f"{word:>18}" for word in head)]
+    lines = ["", f"{'held-out':<34}" + "".join(f" {word:>17}" for word in head)]
     rows = {"all counts": record["scores"]}
     if "groups" in record:
         shown = sorted(record["groups"].items(), key=lambda each: -each[1]["spikes"])[:GROUPS_SHOWN]
@@ -132,7 +132,9 @@ def table(record: dict) -> list[str]:
             for key in ("bits_per_spike", "bits_per_spike_hist", "bits_per_spike_rate", "bits_per_count", "nll")
         ]
         columns.append(f"{scores['spikes']:,}" if "spikes" in scores else "")
-        lines.append(f"  {name[-32:]:<32}" + "".join(f"{column:>18}" for column in columns))
+        lines.append(
+            f"  {name if len(name) <= 32 else f'...{name[-29:]}':<32}" + "".join(f" {column:>17}" for column in columns)
+        )
     if len(record.get("groups", {})) > GROUPS_SHOWN:
         lines.append(f"  ... those with most spikes; all {len(record['groups'])} are in evaluation.json")
     scores = record["scores"]
@@ -156,7 +158,9 @@ def ideal_lines(ideal: dict) -> list[str]:
         f"ideal observer of these windows: {ideal['floor']:.4f} nats/count, {figure(ideal['bits_per_spike'])} bits/spike",
         f"  the model is {ideal['gap']:.4f} +- {ideal['standard_error']:.4f} nats/count above, {gap:.2%} +- {error:.2%}",
     ]
-    if ideal["captured"] is not None:
+    if ideal["captured"] is not None and ideal["captured"] < 0:
+        lines.append("  it has captured nothing: each neuron's own histogram is better")
+    elif ideal["captured"] is not None:
         lines.append(f"  it has captured {ideal['captured']:.1%} of what there is to gain over the histogram")
     if ideal["is_leak"]:
         lines.append("LEAK: a model that is better than the best possible one sees what it should predict (mask, label shift)")

@@ -5,6 +5,7 @@ There it is forced; elsewhere it cannot be drawn. Chance is a function of (seed,
 not depend on those beside it.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,6 +73,14 @@ class Prompt:
     cache: KVCache
     logits: torch.Tensor
 
+    def repeated(self, times: int) -> "Prompt":
+        """Each of several prompts so many times in a row, for as many rollouts of its own."""
+        if len(self.logits) == 1:  # the only one is shared, and read once for all of them
+            return self
+        cache = copy.copy(self.cache)
+        cache.memory = cache.memory.repeat_interleave(times, dim=2)
+        return Prompt(self.num_neurons, cache, self.logits.repeat_interleave(times, dim=0))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
@@ -103,7 +112,6 @@ class Sampler:
             logits = cache.feed(self.model, chunk)[:, -1]
         return Prompt(num_neurons, cache, logits)
 
-    @torch.no_grad()
     def roll_out(
         self,
         prompt: Prompt,
@@ -118,6 +126,19 @@ class Sampler:
         A rollout is known by its number. first_bin: how many of its bins are drawn already, where this is not its beginning.
         tell: called after each bin with the number of tokens drawn and forced since the last call.
         """
+        return self._roll_out(prompt, bins, rollouts, first_bin, tell)
+
+    def expected(self, prompt: Prompt, *, bins: int, rollouts: list[int]) -> np.ndarray:
+        """The counts that the model expects, given what the rollout has drawn before each: float64, as those of roll_out.
+
+        Their mean over rollouts is that of the counts, with less noise, and never zero.
+        """
+        means = torch.empty(bins * prompt.num_neurons, len(rollouts), dtype=torch.float64, device=self.device)
+        self._roll_out(prompt, bins, rollouts, 0, no_one, means)
+        return means.view(bins, prompt.num_neurons, -1).permute(2, 1, 0).cpu().numpy()
+
+    @torch.no_grad()
+    def _roll_out(self, prompt, bins, rollouts, first_bin, tell, means=None):
         n, batch = prompt.num_neurons, len(rollouts)
         num_counts, drawn_before = bins * n, first_bin * n
         chance = [keyed.uniform(num_counts, self.seed, ROLLOUTS, number, start=drawn_before) for number in rollouts]
@@ -125,9 +146,13 @@ class Sampler:
         cache = self._cache(batch=batch, capacity=bins * (n + 1), before=prompt.cache)
         separators = torch.full((batch, 1), SEPARATOR, dtype=torch.uint8, device=self.device)
         drawn = torch.empty(num_counts, batch, dtype=torch.uint8, device=self.device)
+        counts = torch.arange(NUM_COUNTS, dtype=torch.float64, device=self.device)
         logits = prompt.logits.expand(batch, -1)
         for place in range(num_counts):
-            drawn[place] = self._draw(logits, chance[place])
+            shares = self._shares(logits)
+            drawn[place] = _pick(shares, chance[place])
+            if means is not None:
+                means[place] = shares @ counts
             tokens, ends_bin = drawn[place, :, None], (place + 1) % n == 0
             if place + 1 < num_counts:
                 # A bin's last count and the separator after it need no draw between them: one step for both.
@@ -154,12 +179,15 @@ class Sampler:
                 return history[:, :, counts.shape[2] :]
 
     def _draw(self, logits: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-        """A count for each row of logits (B, vocabulary): the first whose cumulative probability passes chance, in [0, 1)."""
+        """A count for each row of logits (B, vocabulary), by chance in [0, 1)."""
+        return _pick(self._shares(logits), chance)
+
+    def _shares(self, logits: torch.Tensor) -> torch.Tensor:
+        """The probabilities of counts that are drawn from, (B, NUM_COUNTS) in float64."""
         scores = logits[:, :NUM_COUNTS].double() / self.temperature  # without the separator, and without what is no count
         if self.top_k is not None:
             scores = scores.masked_fill(scores < scores.topk(self.top_k).values[:, -1:], -torch.inf)
-        cumulative = scores.softmax(-1).cumsum(-1)
-        return (cumulative <= chance[:, None] * cumulative[:, -1:]).sum(-1)
+        return scores.softmax(-1)
 
     def _cache(self, *, batch: int, capacity: int, before: KVCache | None = None) -> KVCache:
         a = self.model.architecture
@@ -174,6 +202,12 @@ class Sampler:
             device=self.device,
             before=before,
         )
+
+
+def _pick(shares: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+    """Of each row the first count whose cumulative probability passes chance."""
+    cumulative = shares.cumsum(-1)
+    return (cumulative <= chance[:, None] * cumulative[:, -1:]).sum(-1)
 
 
 def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> attention.Kernel:

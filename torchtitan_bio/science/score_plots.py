@@ -6,6 +6,7 @@ import numpy as np
 
 from torchtitan_bio.science import drawing
 from torchtitan_bio.science.curves import PIT_CLASSES
+from torchtitan_bio.science.forecast import how
 
 UNIT = "bits/spike above each neuron's own Poisson"
 GROUPS_SHOWN = 30
@@ -17,20 +18,21 @@ def draw_all(result: dict) -> dict[str, drawing.Figure | None]:
     """{file name: picture} of what evaluate.py found, the curves being those of the last checkpoint; None: nothing to draw."""
     last, checkpoints = result["checkpoints"][-1], result["checkpoints"]
     has_spikes = last["scores"]["bits_per_spike"] is not None
+    has_forecast = "forecast" in last and last["forecast"]["together"]["fp_bits_per_spike"] is not None
     return {
         "context.png": draw_context(result) if has_spikes else None,
         "neurons.png": draw_neurons(result) if has_spikes else None,
         "calibration.png": draw_calibration(last["curves"]["all"]["pit"]),
         "groups.png": draw_groups(result) if has_spikes and "groups" in last else None,
+        "forecast.png": draw_forecast(result) if has_forecast else None,
         "learning.png": draw_learning(result) if has_spikes and len(checkpoints) > 1 else None,
     }
 
 
 def draw_context(result: dict) -> drawing.Figure:
     """Bits/spike by the bins that precede in the window, with two standard errors."""
-    last, bin_width_s = result["checkpoints"][-1], result["data"].get("bin_width_s")
+    last = result["checkpoints"][-1]
     curve = last["curves"]["all"]["context"]
-    unit = bin_width_s if isinstance(bin_width_s, float | int) else 1
     # A class of bins [a, b) has between a and b - 1 bins before it; + 1 puts the first bin, without any, on a logarithmic axis.
     middle = [(a + b - 1) / 2 + 1 for a, b in _classes(curve, "bin")]
     values, errors = curve["bits_per_spike"], [error or 0.0 for error in curve["standard_error"]]
@@ -42,7 +44,7 @@ def draw_context(result: dict) -> drawing.Figure:
         (76, 66, 740, 404),
         x=(min(middle) * 0.9, max(middle[-1] * 1.1, 2)),
         y=drawing.limits(_floats(low), _floats(high), _floats(ideal), list(levels.values()), [0.0]),
-        x_label="bins from the window's start, the first being 1" + (f" (a bin is {unit:g} s)" if unit != 1 else ""),
+        x_label="bins from the window's start, the first being 1" + _bin_width(result),
         y_label=UNIT,
         log_x=True,
         x_ticks=_octaves(middle[-1]),
@@ -103,6 +105,43 @@ def draw_calibration(pit: dict) -> drawing.Figure:
     )
     axes.legend(above=True)
     return figure
+
+
+def draw_forecast(result: dict) -> drawing.Figure:
+    """Bits/spike of rates by how many bins ahead they lie, beside those of baselines, with two standard errors."""
+    found = result["checkpoints"][-1]["forecast"]
+    curves = {"this model": found, **found.get("baselines", {})}
+    if "ideal" in found:
+        curves["best possible"] = found["ideal"]
+    colors = {"mean rate": drawing.GREY, "recent rate": drawing.ORANGE, "best possible": drawing.GREEN}
+    colors["this model"] = drawing.BLUE  # drawn last
+    bins = np.arange(1, found["horizon"] + 1)
+    values = {name: _floats(curve["fp_bits_per_spike"]) for name, curve in curves.items()}
+    reach = 2 * np.nan_to_num(_floats(found["standard_error"]))
+    low, high = values["this model"] - reach, values["this model"] + reach
+    least = LEAST_SHOWN if np.nanmax(values["this model"]) > LEAST_SHOWN else -math.inf
+    figure = drawing.Figure(760, 440, f"forecast: {how(found)}")
+    axes = figure.axes(
+        (76, 66, 740, 374),
+        x=(0.5, found["horizon"] + 0.5),
+        x_ticks=[tick for tick in _whole_numbers(found["horizon"]) if tick],
+        y=drawing.limits(*(np.maximum(each, least) for each in (low, high, *values.values())), [0.0]),
+        x_label="bins ahead" + _bin_width(result),
+        y_label=UNIT,
+    )
+    axes.level(0.0)
+    for bin, below, above in zip(bins, low, high, strict=True):
+        axes.line((bin, bin), (below, above), drawing.BLUE, width=1)
+    for name in sorted(curves, key=list(colors).index):
+        axes.line(bins, values[name], colors[name], label=name)
+    axes.points(bins, values["this model"], drawing.BLUE)
+    axes.legend(above=True)
+    return figure
+
+
+def _bin_width(result: dict) -> str:
+    width_s = result["data"].get("bin_width_s")
+    return f" (a bin is {width_s:g} s)" if isinstance(width_s, float | int) else ""
 
 
 def draw_groups(result: dict) -> drawing.Figure:

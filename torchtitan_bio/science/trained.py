@@ -37,6 +37,8 @@ def find(path) -> Trained:
     if not any((step / "model.json").is_file() for step in steps):
         if (path / "config.json").is_file():
             return _hugging_face(path)
+        if (path / "config.toml").is_file():
+            raise ValueError(f"the run {path} has no checkpoint yet: none was saved to its end (checkpoint.interval)")
         raise ValueError(f"{path} holds no model: no model.json (of ours), no config.json (of Hugging Face's)")
     problems = []
     for step in steps:  # those of a run agree about its model, so any that can be read tells
