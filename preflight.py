@@ -21,7 +21,18 @@ from pathlib import Path
 
 import torch
 
-from torchtitan_bio import context_parallel, costs, data, distributed, exits, metrics, models, parallelize, recompute
+from torchtitan_bio import (
+    checkpoint,
+    context_parallel,
+    costs,
+    data,
+    distributed,
+    exits,
+    metrics,
+    models,
+    parallelize,
+    recompute,
+)
 from torchtitan_bio.config import Config, ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,6 +44,8 @@ def main(loaded: config_loader.Loaded):
     architecture, _ = check(config, size, loaded.origin)
     problems, find = [], importlib.import_module(data.FAMILIES[config.model.name]).find
     with exits.collecting(problems):
+        refuse_folder(config, architecture)
+    with exits.collecting(problems):
         find(config.data.source, config.data.split, config.data.split_by)
     if config.validation.enable:
         with exits.collecting(problems):
@@ -40,7 +53,8 @@ def main(loaded: config_loader.Loaded):
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     # Where a job is submitted there may be no accelerator, or another: each rank asks again for its own.
-    if device.type == "cuda" and int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) == 1:
+    is_here = int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) == 1 and (device.type == "cuda" or "SLURM_JOB_ID" not in os.environ)
+    if is_here:
         refuse_too_large(config, job_of(config, architecture, size, device), device)
     print(config_loader.run_folder(config))
 
@@ -143,6 +157,25 @@ def job_of(config: Config, architecture, world_size: int, device: torch.device, 
         trained_share=trained_share(config, architecture),
         async_save=config.checkpoint.enable and config.checkpoint.async_mode == "async",
     )
+
+
+def refuse_folder(config: Config, architecture):
+    """ConfigError where the run cannot write its folder, or the disk cannot hold the checkpoints that are to come."""
+    section, folder, problems = config.checkpoint, config_loader.run_folder(config) / "checkpoint", []
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ConfigError(f"{folder} cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}")
+    step, steps = checkpoint.newest_step(folder), config.training.steps
+    if section.enable and step < steps:
+        with exits.collecting(problems):
+            with torch.device("meta"):
+                model = models.build(config.model.name, architecture)
+            parallelize.freeze(model, config.model.freeze)
+            size = checkpoint.num_bytes(model, 2 if config.optimizer.state_dtype == "bfloat16" else 4)
+            saves_ahead = -(-steps // section.interval) - step // section.interval
+            checkpoint.refuse_full_disk(folder, size, saves_ahead, section.keep_latest_k)
+    if problems:
+        raise ConfigError(*problems)
 
 
 def trained_share(config: Config, architecture) -> float:

@@ -56,6 +56,7 @@ def main(loaded: config_loader.Loaded):
     architecture, global_batch_size = preflight.check(config, size, loaded.origin)
     job = preflight.job_of(config, architecture, size, device)
     too_large = preflight.refuse_too_large(config, job, device)
+    preflight.refuse_folder(config, architecture)
     world = join(config, folder)
     say = print_on_rank_0(world)
     say(f"{config.job.description or folder.name}: {world.size} rank(s) on {metrics.device_name(world.device)}")
@@ -92,6 +93,7 @@ def main(loaded: config_loader.Loaded):
             step, skipped_in_a_row = restore(config, checkpoints, model, adamw, identity, state_of_run, world, say)
             with world.together(f"writing into {folder}"):
                 log = open_run_folder(folder, config, world, step, global_batch_size, say)
+            samples = open_samples(folder, config, model, held_out, world, say)
         batches = read_from(step, train_data, config, global_batch_size, world)
         if step == training.steps:
             say(f"{folder} is finished: all {step} steps are done")
@@ -122,7 +124,7 @@ def main(loaded: config_loader.Loaded):
                 log.train(step, loss, grad_norm, lr, **work.mean(totals, world), moved_bytes=moved_bytes, skipped=not taken)
                 skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
                 if not taken:
-                    report_skip(step, loss, grad_norm, microbatches, train_data, world, say)
+                    report_skip(step, loss, grad_norm, microbatches, train_data, world, log, say)
                 if skipped_in_a_row > training.max_skipped_steps:
                     checkpoints.wait()
                     raise FloatingPointError(f"{skipped_in_a_row} steps in a row were skipped; {training.max_skipped_steps=}")
@@ -136,6 +138,10 @@ def main(loaded: config_loader.Loaded):
                 is_done = step == training.steps
                 if not stops.why and (is_done or step % config.validation.freq == 0):
                     score(step, config, model, held_out, world, log, this, stops)
+                if samples and not stops.why and (is_done or step % config.validation.generate_every == 0):
+                    enter("sampling", patient=True)
+                    samples.take(step)
+                    stops.poll(world)
                 is_last = is_done or stops.why is not None  # of this start: its save must succeed
                 if config.checkpoint.enable and (is_last or step % config.checkpoint.interval == 0):
                     enter("save", patient=True)
@@ -153,6 +159,8 @@ def main(loaded: config_loader.Loaded):
         if stops.why and not config.checkpoint.enable:
             say("warning: checkpoint.enable=false, so nothing is saved")
         this.leave(step, stops.why, is_saved=config.checkpoint.enable)
+    if world.rank == 0 and not stops.why:
+        report(folder, train_data, say)
 
 
 def join(config: Config, folder: Path):
@@ -469,10 +477,35 @@ def score(step: int, config: Config, model, held_out, world, log, this: attempt.
     log.validation(step, scores, headline=held_out.headline)
 
 
-def report_skip(step, loss, grad_norm, microbatches, train_data, world, say):
+def open_samples(folder: Path, config: Config, model, held_out, world, say):
+    """What makes pictures of generated activity while the model learns; None where none are asked for."""
+    if held_out is None or config.validation.generate_every == "never":
+        return None
+    return named(held_out.sampler)(
+        folder,
+        held_out,
+        model,
+        dtype=preflight.compute_dtype(config, world.device),
+        device=world.device,
+        is_writer=world.rank == 0,
+        tensorboard=config.metrics.enable_tensorboard,
+        say=say,
+    )
+
+
+def report(folder: Path, train_data, say):
+    """A page about the finished run. Whatever goes wrong with it is a warning: the run is done."""
+    try:
+        named(train_data.run_report)(folder, say)
+    except Exception as error:
+        say(f"warning: no report of this run: {type(error).__name__}: {error}")
+
+
+def report_skip(step, loss, grad_norm, microbatches, train_data, world, log, say):
     """Name the rows of a step that no rank took."""
     rows = world.exchange([train_data.describe(origin) for batch in microbatches for origin in batch.origins])
     names = list(dict.fromkeys(row for of_rank in rows for row in of_rank))
+    log.skip(step, names)
     shown = "; ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     say(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}; its rows: {shown}")
 

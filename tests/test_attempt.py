@@ -187,6 +187,7 @@ def blame(rank, folder, order):
     errors = {
         "own": OSError("disk"),
         "gloo": RuntimeError("[/src/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:35465"),
+        "interrupt": KeyboardInterrupt(),
         "elsewhere": distributed.FailedElsewhere("saving failed on rank 3: disk"),
     }
     ranks = []
@@ -211,6 +212,11 @@ def test_a_ranks_own_error_comes_before_what_others_noticed_of_it(order, blamed,
     for rank, name in enumerate(order):
         verb = "failed in" if name == "own" else "was in"
         assert re.search(rf"^rank {rank} {verb} step 5, forward", err, re.M)
+
+
+def test_what_other_ranks_notice_of_an_interruption_does_not_make_a_failure_of_it(tmp_path):
+    on_ranks(1, blame, tmp_path, ["interrupt", "gloo", "elsewhere"])
+    assert (exit_json(tmp_path)["reason"], exit_json(tmp_path)["step"]) == ("interrupted", 5)
 
 
 # ---- as a user starts it ----

@@ -92,7 +92,7 @@ def taken_in(tmp_path_factory):
     return sources, folders
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_hugging_face_weights_come_back_bit_for_bit_from_any_number_of_ranks(tmp_path, taken_in, num_ranks):
     sources, folders = taken_in
     on_ranks(num_ranks, retrain_on_rank, folders, tmp_path)

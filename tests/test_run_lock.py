@@ -120,6 +120,31 @@ def test_a_torn_lock_counts_as_held_until_its_heart_has_stood_still(tmp_path):
     take(tmp_path).release()
 
 
+@pytest.mark.parametrize("content", [b"[]", b'"held"', b'{"host": "n"}', b"\xff\xfe"])
+def test_a_lock_that_is_none_of_ours_is_refused_like_a_torn_one(content, tmp_path):
+    (tmp_path / "lock").write_bytes(content)
+    with pytest.raises(ValueError, match="has not said its name"):
+        take(tmp_path)
+
+
+def test_a_run_of_short_limits_does_not_take_a_heart_between_two_beats_for_dead(tmp_path):
+    left_behind(tmp_path, run_lock.BEAT_S + 2, **ELSEWHERE)
+    with pytest.raises(ValueError, match="After 60 s without a sign it counts as dead"):
+        run_lock.take(tmp_path, stale_s=2)  # comm.train_timeout_seconds=1
+    left_behind(tmp_path, 61, **ELSEWHERE)
+    run_lock.take(tmp_path, stale_s=2).release()
+
+
+def test_a_folder_that_vanished_with_its_lock_is_not_another_runs(tmp_path):
+    lock = take(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "away")
+    lock.check()
+    (tmp_path / "run").mkdir()
+    with pytest.raises(RuntimeError, match="lock is gone"):
+        lock.check()
+    lock.release()
+
+
 def test_of_many_that_find_a_stale_lock_one_gets_the_folder(tmp_path, monkeypatch):
     describe = run_lock.describe_self
     monkeypatch.setattr(run_lock, "describe_self", lambda: describe() | {"pid": os.getppid()})  # as if each were a process

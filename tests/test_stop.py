@@ -157,6 +157,27 @@ def test_without_checkpoints_a_stopped_run_leaves_and_says_that_nothing_is_saved
     assert exit_json(tmp_path)["step"] == 2 and not (tmp_path / "checkpoint").exists()
 
 
+def lose_the_launcher_at_step_3(patch, rank):
+    patch.setenv("TORCHELASTIC_RUN_ID", "none")
+    if rank == 1:
+        before_step(patch, 3, lambda: patch.setattr(os, "getppid", lambda: 1))  # as of a process whose parent was killed
+
+
+def test_ranks_whose_torchrun_was_killed_save_and_leave_instead_of_training_on_unseen(tmp_path):
+    settings = [*SETTINGS, "--validation.enable", "false"]
+    on_ranks(2, train_main, tmp_path, settings, lose_the_launcher_at_step_3)
+    left = exit_json(tmp_path)
+    assert (left["reason"], left["step"], left["why"]) == ("preempted", 3, "launcher gone")
+    assert saved_steps(tmp_path) == [3] and not (tmp_path / "lock").exists()
+
+
+def test_a_process_without_torchrun_may_outlive_its_shell(tmp_path, monkeypatch, clock):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    stops = stop.Stops(tmp_path)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert set(stops.wishes().values()) == {0}
+
+
 # ---- how a rank knows, and how all do ----
 
 
@@ -228,6 +249,6 @@ def test_only_the_first_rank_looks_at_disk_and_clock(clock, tmp_path, monkeypatc
     assert set(stops.wishes().values()) == {0}
     monkeypatch.setenv("RANK", "0")
     stops = stop.Stops(tmp_path, 10.0)
-    assert stops.wishes() == {"SIGTERM": 0, "SIGUSR1": 0, "STOP": 1, "wall clock": 0}
+    assert stops.wishes() == dict.fromkeys(stop.SOURCES, 0) | {"STOP": 1}
     clock["s"] += 100
-    assert stops.wishes() == {"SIGTERM": 0, "SIGUSR1": 0, "STOP": 1, "wall clock": 1}
+    assert stops.wishes() == dict.fromkeys(stop.SOURCES, 0) | {"STOP": 1, "wall clock": 1}

@@ -108,7 +108,13 @@ def test_the_first_20_losses_are_the_golden_ones(straight):
 
 def test_the_run_folder_holds_what_the_readme_promises(straight):
     folder, result = straight
-    assert {path.name for path in folder.iterdir()} == {"checkpoint", "metrics.jsonl", "config.toml", "exit.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoint",
+        "metrics.jsonl",
+        "config.toml",
+        "exit.json",
+        "report.html",
+    }
     assert {path.name for path in (folder / "checkpoint").iterdir()} == {f"step-{step:08d}" for step in (15, 20, 24)}
     held = {path.name for path in (folder / "checkpoint" / "step-00000024").iterdir()}
     assert held == {".metadata", "__0_0.distcp", "manifest.json", "model.json", "train_state.json", "data.json"}

@@ -98,7 +98,7 @@ class Attempt:
     def _record(self, error: str, *, others: bool = False):
         """The first cause stays: what a rank has done itself comes before what others have noticed of it."""
         there = read(self.folder)
-        is_of_this_start = there.get("reason") == "failed" and there.get("started") == self.started
+        is_of_this_start = there.get("reason") in ("failed", "interrupted") and there.get("started") == self.started
         if is_of_this_start and (others or not there.get("noticed")):
             return
         failure = {"rank": self.rank, "phase": self.watch.phase, "error": error} | ({"noticed": True} if others else {})

@@ -310,6 +310,10 @@ class Validation:
     """Windows a rank scores at once. auto: training.local_batch_size."""
     max_windows: int | Literal["all"] = "all"
     """Score this many windows, a fixed subset chosen by hash, or the exact finite set once."""
+    generate_every: int | Literal["never"] = "never"
+    """Optimizer steps between rasters of what the model makes of one held-out prompt, always the same: pictures in samples/ of
+    the run folder, and in TensorBoard. The last step has one too. Each takes up to a thousand passes of a token; without
+    validation there are none."""
     baselines: bool = False
     """After the last step fit the classical baselines on the training split and print the ladder. They are scored on all
     held-out counts, whatever max_windows says."""
@@ -320,6 +324,7 @@ class Validation:
             freq=(self.freq >= 1, "must be at least 1"),
             local_batch_size=(_at_least(self.local_batch_size, 1), 'must be at least 1, or "auto"'),
             max_windows=(_at_least(self.max_windows, 1), 'must be at least 1, or "all"'),
+            generate_every=(_at_least(self.generate_every, 1), 'must be at least 1, or "never"'),
         )
 
 

@@ -309,6 +309,10 @@ class Metrics:
             f"ETA {clock_time((self._steps - step) * seconds * pauses)}",
         )
 
+    def skip(self, step: int, rows: list[str]):
+        """The recordings that a step had read which no rank took."""
+        self._file.write("skip", step, rows=rows)
+
     def validation(self, step: int, scores: dict, *, headline: str):
         """The scores of the held-out set after so many steps; `headline` names the one that the console repeats."""
         self._file.write("validation", step, **scores, headline=headline)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 BEAT_S = 10
+MISSED_BEATS = 6  # however short the limits of a run are: one that misses fewer may be alive
 TRIES = 20
 
 
@@ -30,6 +31,8 @@ class Lock:
     def check(self):
         """RuntimeError if someone else has the folder by now: this process stood still for so long that it seemed dead."""
         content = _read(self.path)
+        if content is None and not self.path.parent.is_dir():
+            return  # the whole folder is away: nobody took it, and what is to be written into it will fail in its own words
         if content != self._content:
             now = "is gone" if content is None else f"was taken over by {name(_parse(content))}"
             raise RuntimeError(f"{self.path} {now}; this run saves nothing more in a folder that it does not hold")
@@ -51,9 +54,9 @@ class Lock:
 def take(folder: Path, *, stale_s: float, say: Callable[[str], None] = print) -> Lock:
     """Hold the run folder, which is made if need be; ValueError that names the holder if there is one. One rank does this.
 
-    stale_s: a heart that has not beaten for so long is dead.
+    stale_s: a heart that has not beaten for so long is dead, if that is a minute at least.
     """
-    path, own = folder / "lock", describe_self()
+    path, own, stale_s = folder / "lock", describe_self(), max(stale_s, MISSED_BEATS * BEAT_S)
     content = json.dumps(own).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,9 +122,9 @@ def _clear(path: Path, own: dict, stale_s: float, say):
     reason = why_dead(holder, own, age_s, stale_s)
     if reason is None:
         raise ValueError(
-            f"{path.parent} is in use by {name(holder)}; its last sign of life was {age_s:.0f} s ago. Stop it first, or give "
-            f"this run another job.dump_folder. After {stale_s:.0f} s without a sign it counts as dead; who knows that it is "
-            f"deletes {path}"
+            f"{path.parent} is in use by {name(holder)}; its last sign of life was {max(age_s, 0):.0f} s ago. Stop it first, "
+            f"or give this run another job.dump_folder. After {stale_s:.0f} s without a sign it counts as dead; who knows that "
+            f"it is deletes {path}"
         )
     # Whoever makes this file may remove that lock, and no other: without it, of two that judge the same lock the slower one
     # would remove what the quicker one has put in its place.
@@ -147,11 +150,12 @@ def _read(path: Path) -> bytes | None:
 
 
 def _parse(content: bytes) -> dict:
-    """{} for a lock that was never written to its end."""
+    """{} for a lock that was never written to its end, or not by us."""
     try:
-        return json.loads(content)
+        holder = json.loads(content)
     except ValueError:
         return {}
+    return holder if isinstance(holder, dict) and holder.keys() >= {"host", "pid", "job", "since"} else {}
 
 
 def _is_alive(pid: int) -> bool:

@@ -11,7 +11,7 @@ from collections import deque
 from pathlib import Path
 
 SIGNALS = ("SIGTERM", "SIGUSR1")
-SOURCES = (*SIGNALS, "STOP", "wall clock")
+SOURCES = (*SIGNALS, "STOP", "wall clock", "launcher gone")
 
 
 class Stopped(Exception):
@@ -34,6 +34,8 @@ class Stops:
         self._whole_s = seconds_left(max_wall_s)
         self._started = time.monotonic()
         self._step_ends = deque(maxlen=3)
+        # Ranks whose torchrun was killed would train on unseen; a process without one may outlive its shell (nohup).
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         for name in SIGNALS:
             signal.signal(getattr(signal, name), lambda number, frame: self._received.add(signal.Signals(number).name))
 
@@ -72,6 +74,8 @@ class Stops:
         found = set(self._received)
         if self._looks and self.file.exists():
             found.add("STOP")
+        if self._launcher not in (None, os.getppid()):
+            found.add("launcher gone")
         if self._looks and self._whole_s is not None:
             left_s = self._started + self._whole_s - time.monotonic()
             found |= {"wall clock"} if left_s < self.margin_s() else set()

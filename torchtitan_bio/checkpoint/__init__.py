@@ -5,7 +5,7 @@ warm_start.py (weights only), weights.py (one tensor at a time), dcp.py (the wal
 (how ranks agree). `python -m torchtitan_bio.checkpoint` looks at folders.
 """
 
-from torchtitan_bio.checkpoint.checkpointer import Checkpointer
+from torchtitan_bio.checkpoint.checkpointer import Checkpointer, newest_step, refuse_full_disk
 from torchtitan_bio.checkpoint.commit import fingerprint, verify
 from torchtitan_bio.checkpoint.load import load_model
 from torchtitan_bio.checkpoint.peers import CheckpointError
@@ -22,8 +22,10 @@ __all__ = [
     "init_from",
     "left_aside",
     "load_model",
+    "newest_step",
     "num_bytes",
     "open_weights",
+    "refuse_full_disk",
     "verify",
     "write_weights",
 ]

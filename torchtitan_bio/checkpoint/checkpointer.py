@@ -81,17 +81,6 @@ class Checkpointer:
                     f"rank 0 does not see what rank {unseen[0]} writes in {self.folder}; give a folder that all hosts share"
                 )
 
-        def measure():
-            free = shutil.disk_usage(self.folder).free
-            there = len(commit.names_like(self.folder, commit.STEP))
-            at_once = 2 if self.keep_latest_k == "all" else self.keep_latest_k + 1  # the newest beside those that it replaces
-            more = min(saves_ahead, max(1, at_once - there))
-            if free < more * bytes_needed:
-                raise ValueError(
-                    f"{self.folder} has {in_units(free)} free, and {more} more checkpoint(s) of {in_units(bytes_needed)} each "
-                    "will be written. Free space, or lower checkpoint.keep_latest_k"
-                )
-
         own = self.folder / f"{probe}-{self._peers.rank}"
         try:
             self._peers.each("preflight", write_probe)
@@ -99,7 +88,7 @@ class Checkpointer:
         finally:
             if own.exists():
                 own.unlink()
-        self._peers.first("preflight", measure)
+        self._peers.first("preflight", lambda: refuse_full_disk(self.folder, bytes_needed, saves_ahead, self.keep_latest_k))
         self._was_there = True
 
     def latest(self) -> tuple[Path, dict] | None:
@@ -239,6 +228,23 @@ class Checkpointer:
     def _set_aside(self, name: str, problem: str):
         aside = commit.set_aside(self.folder / name)
         self.say(f"checkpoint: {problem}; set aside as {aside.name}")
+
+
+def refuse_full_disk(folder: Path, bytes_needed: int, saves_ahead: int, keep_latest_k: int | str):
+    """ValueError where fewer bytes are free than the checkpoints take that are to lie there at once."""
+    free, there = free_bytes(folder), len(commit.names_like(folder, commit.STEP))
+    at_once = 2 if keep_latest_k == "all" else keep_latest_k + 1  # the newest beside those that it replaces
+    more = min(saves_ahead, max(1, at_once - there))
+    if free < more * bytes_needed:
+        raise ValueError(
+            f"{folder} has {in_units(free)} free, and {more} more checkpoint(s) of {in_units(bytes_needed)} each will be "
+            "written. Free space, or lower checkpoint.keep_latest_k"
+        )
+
+
+def newest_step(folder: Path) -> int:
+    """The highest step that a folder in this place has the name of, whether or not it verifies; 0 where there is none."""
+    return max((int(name.removeprefix("step-")) for name in commit.names_like(folder, commit.STEP)), default=0)
 
 
 def free_bytes(folder: Path) -> int:

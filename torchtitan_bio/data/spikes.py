@@ -46,6 +46,8 @@ class Spikes:
     scorer = "torchtitan_bio.science.scores:SpikeScores"
     headline = "bits_per_spike"
     ladder = "torchtitan_bio.science.ladder:show"
+    sampler = "torchtitan_bio.science.training_samples:TrainingSamples"
+    run_report = "torchtitan_bio.science.report:write"
 
     def __init__(
         self,

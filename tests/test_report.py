@@ -1,0 +1,439 @@
+"""The page says what the run folder says, whatever is missing there, and nothing private; it needs nothing beside it."""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from math import log
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from torchtitan_bio import config_loader, resume
+from torchtitan_bio.config import Config
+from torchtitan_bio.data import spikes
+from torchtitan_bio.science import drawing, report, report_parts, ring_hmm_floor
+
+HELD_OUT = {"ids": "abc", "seq_len": 64}
+RUNGS = [["Poisson null (oracle)", 0.0], ["per-neuron histogram", 0.25], ["own-history n-gram", 0.9], ["pooled", -3.0]]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def validation(step, bits_per_spike, **others):
+    scores = dict(nll=0.3, nll_all=0.28, nll_bos=0.001, leak=1e-5, bits_per_count=0.3 / log(2), bits_per_spike_hist=0.7)
+    scores |= dict(bits_per_spike_rate=0.8, null_nll=0.5, hist_nll=0.45, spikes=1234, counts=9876, tokens=9999, windows=12)
+    scores |= dict(subset="all", held_out=resume.sha256(HELD_OUT), seconds=2.0, headline="bits_per_spike")
+    return {"kind": "validation", "step": step, "bits_per_spike": bits_per_spike} | scores | others
+
+
+def train(step, loss, **others):
+    numbers = dict(
+        grad_norm=1.5, lr=1e-3, skipped=False, tokens=step * 100, tokens_per_s=5000.0, step_s=0.02, data_wait_s=0.002
+    )
+    return {"kind": "train", "step": step, "loss": loss} | numbers | dict(mfu=None, peak_memory_gib=1.25) | others
+
+
+def start(step, **others):
+    return {
+        "kind": "start",
+        "step": step,
+        "device": "CPU",
+        "ranks": 2,
+        "torch": "2.13.0",
+        "attention": {"name": "flash"},
+    } | others
+
+
+def losses(steps):
+    return 5 * np.exp(-np.arange(1, steps + 1) / steps * 4)
+
+
+def write_run(folder, lines=None, *, config=None, exit_json=None, ladder=True, steps=40):
+    folder.mkdir(parents=True)
+    config = config or Config(training=replace(Config().training, steps=steps))
+    (folder / "config.toml").write_text(config_loader.dump(config))
+    if lines is None:
+        lines = [start(0, attempt=1), validation(0, -60.0), *(train(step, loss) for step, loss in enumerate(losses(steps), 1))]
+        lines += [validation(steps, 1.2345)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "exit.json").write_text(json.dumps(exit_json or {"reason": "finished", "step": steps, "attempt": 1}))
+    if ladder:
+        (folder / "ladder.json").write_text(json.dumps({"held_out": HELD_OUT, "rungs": RUNGS, "left_out": {}}))
+    return folder
+
+
+class Reader(HTMLParser):
+    """Tables as rows of cells, words outside them, tags with their attributes."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tables, self.tags, self.words, self._cell = [], [], [], None
+        self.feed(html)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self._cell = []
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append(" ".join("".join(self._cell).split()))
+            self._cell = None
+
+    def handle_data(self, data):
+        self.words.append(data)
+        if self._cell is not None:
+            self._cell.append(data)
+
+    def row(self, label):
+        (found,) = [row for table in self.tables for row in table if row and row[0] == label]
+        return found[1:]
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def read_page(*folders):
+    html = report.page([report.read(folder) for folder in folders])
+    return html, Reader(html)
+
+
+def test_the_numbers_on_the_page_are_those_of_the_folder(tmp_path):
+    _, page = read_page(write_run(tmp_path / "run"))
+    assert page.row("bits/spike")[0] == "1.234" and page.row("nats/count")[0] == "0.300"  # 1.2345 is a float below its half
+    assert page.row("spikes scored")[0] == "1,234" and page.row("windows scored")[0] == "12 (all)"
+    assert page.row("own-history n-gram") == ["0.900", "+0.334"] and page.row("pooled") == ["-3.000", "+4.234"]
+    assert page.row("held-out score") == ["1.234 bits/spike after step 40"]
+    assert page.row("best baseline") == ["0.900 bits/spike, own-history n-gram; the model is 0.334 above"]
+    assert page.row("ended") == ["finished, step 40"]
+    assert page.row("steps done") == ["40"] and page.row("most memory") == ["1.25 GiB a process"]
+    assert page.row("speed, median") == ["5,000 tokens/s"] and page.row("waiting for data") == ["10.0% of it"]
+    assert ["training.steps", "40", "1000"] in next(table for table in page.tables if table[0] == ["", "run", "default"])
+    assert "Below the frame: pooled -3.00; run -60.0 at step 0." in page.text
+
+
+def test_a_dot_lies_where_the_axes_say_its_value_is(tmp_path):
+    html, _ = read_page(write_run(tmp_path / "run"))
+    svg = html[html.index('aria-label="bits per spike by step"') :].partition("</figure>")[0]
+    ticks = re.findall(r'<text x="63.0" y="([\d.]+)" text-anchor="end"[^>]*>([\d.-]+)</text>', svg)
+    (low_at, low), (high_at, high) = [(float(at) - 4, float(value)) for at, value in (ticks[0], ticks[-1])]
+    ((along, title),) = re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"[^>]*><title>([^<]+)</title>', svg)
+    value = low + (float(along) + report_parts.TOP - low_at) / (high_at - low_at) * (high - low)
+    assert title == "run, step 40: 1.2345 bits/spike" and value == pytest.approx(1.2345, abs=0.005)
+
+
+@pytest.mark.parametrize("num_columns", [7, 50, 320])
+def test_thinning_loses_no_extreme_and_keeps_the_mean(num_columns):
+    rng = np.random.default_rng(0)
+    x, y = np.arange(1, 1001.0), rng.standard_normal(1000)
+    y[100:400:7] = np.nan
+    at, low, high, mean = report_parts.thin(x, y, num_columns)
+    assert len(at) <= num_columns and (np.diff(at) > 0).all()
+    assert np.nanmin(low) == np.nanmin(y) and np.nanmax(high) == np.nanmax(y)
+    column = np.minimum((x - 1) / 999 * num_columns, num_columns - 1e-9).astype(int)
+    for place in range(num_columns):
+        of_column = y[column == place]
+        assert mean[place] == pytest.approx(np.nanmean(of_column)) and low[place] == np.nanmin(of_column)
+    assert np.isnan(report_parts.thin(x, np.where(x < 500, np.nan, y), 10)[3][:4]).all()
+
+
+def test_few_points_are_not_thinned():
+    x, y = np.arange(5.0), np.array([1.0, np.nan, 3.0, 2.0, 5.0])
+    assert all(np.array_equal(each, y, equal_nan=True) for each in report_parts.thin(x, y, 5)[1:])
+
+
+def test_fifty_thousand_steps_make_a_small_page_soon(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = [start(0), *(train(step, loss) for step, loss in enumerate((losses(50_000) + rng.random(50_000)).tolist(), 1))]
+    folder = write_run(tmp_path / "run", [*lines, validation(50_000, 1.0)], steps=50_000)
+    for number in range(6):  # more than are shown, and more than there is room for
+        path = folder / "samples" / f"step-{number:08}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(400_000))
+    began = time.process_time()
+    html, page = read_page(folder)
+    assert time.process_time() - began < 10 and len(html) < 2_000_000
+    assert len(page.of("img")) == 2 and "Left out of this page for their size" in page.text
+
+
+def test_two_runs_share_axes_and_what_differs_is_listed(tmp_path):
+    other = Config(training=replace(Config().training, steps=80), optimizer=replace(Config().optimizer, lr=0.5))
+    folders = write_run(tmp_path / "one"), write_run(tmp_path / "two", config=other, steps=80)
+    rungs = [[name, value + 1e-9] for name, value in RUNGS]  # fitted on a machine with more threads
+    (folders[1] / "ladder.json").write_text(json.dumps({"held_out": HELD_OUT, "rungs": rungs}))
+    html, page = read_page(*folders)
+    assert page.row("own-history n-gram") == ["0.900", "+0.334"] and page.text.count("per-neuron histogram") == 2
+    charts = re.findall(r'aria-label="bits per spike by step"', html)
+    assert len(charts) == 1 and html.count("<li>") >= 4
+    colors = [style for style in (report.report_scores.style(0), report.report_scores.style(1))]
+    assert len(set(colors)) == 2 and len({color for color, _ in colors}) == 2 and len({dash for _, dash in colors}) == 2
+    for number, name in enumerate(("one", "two")):
+        assert re.search(rf'stroke="{colors[number][0]}"[^>]*></path></svg>{name}</li>', html)
+    differing = next(table for table in page.tables if table[0] == ["", "one", "two"] and table[1][0].startswith("training."))
+    assert differing[1:] == [["training.steps", "40", "80"], ["optimizer.lr", "0.0003", "0.5"]]
+    assert page.row("held-out score") == ["1.234 bits/spike after step 40", "1.234 bits/spike after step 80"]
+
+
+def test_runs_of_one_name_are_numbered(tmp_path):
+    _, page = read_page(write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run"))
+    assert page.row("steps done") == ["40", "40"] and "run (1)" in page.text and "run (2)" in page.text
+
+
+def test_runs_on_other_held_out_data_share_no_chart_of_scores_and_no_baselines(tmp_path):
+    lines = [start(0), train(1, 2.0), validation(1, 0.75, held_out="of something else")]
+    html, page = read_page(write_run(tmp_path / "one"), write_run(tmp_path / "two", lines, ladder=True))
+    assert html.count('aria-label="bits per spike by step"') == 2 and "different held-out data" in page.text
+    assert page.row("own-history n-gram") == ["0.900", "+0.334"]  # once, and of run one
+    assert page.row("best baseline")[1] == ""
+
+
+def test_without_validation_the_page_has_its_loss_and_says_that_no_score_is_known(tmp_path):
+    folder = write_run(tmp_path / "run", [start(0), *(train(step, 1 / step) for step in range(1, 9))], ladder=False)
+    html, page = read_page(folder)
+    assert "No validation is on record" in page.text and "training loss by step" in html
+    assert "bits per spike by step" not in html and page.row("steps done") == ["8"]
+
+
+def test_a_run_that_failed_before_its_first_step_is_a_page_that_says_why(tmp_path):
+    failed = {"reason": "failed", "step": None, "attempt": 2, "rank": 1, "phase": "building the model", "error": "Boom: 7 < 8"}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "exit.json").write_text(json.dumps(failed))
+    _, page = read_page(tmp_path / "run")
+    assert "run failed before its first step, rank 1 in its phase building the model: Boom: 7 < 8" in page.text
+    assert "no metrics.jsonl" in page.text and "no config.toml" in page.text and page.row("ended") == ["failed"]
+
+
+def test_a_run_resumed_three_times_with_skipped_steps_lists_them(tmp_path):
+    lines = [start(0, attempt=1)]
+    for step in range(1, 41):
+        lines.append(train(step, 1.0 if step != 17 else None, skipped=step == 17))
+        lines += [{"kind": "skip", "step": 17, "rows": ["a (row 3) from bin 5"]}] if step == 17 else []
+        lines += [start(step, attempt=step // 10 + 1)] if step in (10, 20, 30) else []
+    exit_json = {"reason": "preempted", "why": "SIGTERM", "step": 40, "attempt": 4}
+    exit_json["previous"] = {"step": 31, "attempt": 3, "rank": 0, "phase": "backward", "error": "OSError: disk"}
+    html, page = read_page(write_run(tmp_path / "run", lines, exit_json=exit_json))
+    assert page.row("starts on record") == ["4"] and page.row("steps skipped") == ["1"]
+    assert page.row("ended") == ["told to stop; it can go on (SIGTERM), step 40"]
+    assert [row[:3] for table in page.tables for row in table if row[-1:] == ["2.13.0"]] == [
+        ["0", "1", "2"],
+        ["10", "2", "2"],
+        ["20", "3", "2"],
+        ["30", "4", "2"],
+    ]
+    assert page.row("17") == ["a (row 3) from bin 5"]
+    assert html.count("went on from step 20") == 3  # on the charts of loss, speed and gradient
+    assert "run, attempt 3, failed at step 31, rank 0 in its phase backward: OSError: disk" in page.text
+
+
+def test_a_torn_last_line_is_told_and_the_rest_is_shown(tmp_path):
+    folder = write_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 41, "lo')
+    _, page = read_page(folder)
+    assert "1 line(s) of metrics.jsonl cannot be read" in page.text and page.row("steps done") == ["40"]
+
+
+def test_broken_files_are_told_and_the_rest_is_shown(tmp_path):
+    folder = write_run(tmp_path / "run")
+    for name in ("exit.json", "ladder.json", "config.toml"):
+        (folder / name).write_bytes(b"\xff{")
+    (folder / "samples").mkdir()
+    (folder / "samples" / "step-00000007.png").write_text("no picture")
+    _, page = read_page(folder)
+    assert all(f"{name} cannot be read" in page.text for name in ("exit.json", "ladder.json", "config.toml"))
+    assert page.row("held-out score") == ["1.234 bits/spike after step 40"] and page.of("img") == []
+
+
+def an_evaluation(groups=(), value=1.0):
+    """As evaluate.py leaves it, of two checkpoints."""
+    scores = {key: value for key in ("bits_per_spike", "bits_per_spike_hist", "bits_per_spike_rate")} | {"spikes": 77}
+    scores["standard_errors"] = dict.fromkeys(scores, 0.125)
+    context = {
+        "from_bin": [0, 1, 2],
+        "to_bin": [1, 2, 4],
+        "bits_per_spike": [0.25, 0.5, value],
+        "standard_error": [0.1, None, 0.1],
+    }
+    neuron = {"from_neuron": [0, 1], "to_neuron": [1, 2], "bits_per_spike": [value, None]}
+    curves = {"context": context, "neuron": neuron, "pit": {"shares": [0.05] * 20, "distance": 0.0625, "counts": 9}}
+    both = {"fp_bits_per_spike": value / 2, "standard_error": 0.03125}
+    ahead = {"fp_bits_per_spike": [value, value / 2], "standard_error": [0.1, 0.1], "together": both, "prompts": 8}
+    last = {"scores": scores, "macro": scores, "groups": dict.fromkeys(groups, scores), "curves": {"all": curves}}
+    last["forecast"] = ahead | {"horizon": 2, "rollouts": 4, "baselines": {"persistence": ahead | {"model_ahead": ahead}}}
+    last["ideal"] = {"floor": 0.5, "gap": 0.0625, "standard_error": 0.0078125, "captured": 0.875, "is_leak": True}
+    last["ideal"]["curves"] = {"all": {"context": {"bits_per_spike": [0.5, 1.0, 1.5]}}}
+    rung = {"name": "own-history n-gram", "bits_per_spike": 0.75, "standard_error": 0.25}
+    rungs = [rung | {"model_ahead": value - 0.75, "model_ahead_standard_error": 0.015625}]
+    data = {"source": "embedded:a2929", "split": "test", "bin_width_s": 0.02}
+    common = {"data": data, "windows": "all", "warnings": ["take care"], "baselines": {"all": {"rungs": rungs}}}
+    return common | {"checkpoints": [last | {"step": 20}, last | {"step": 40}]}
+
+
+def test_an_evaluation_is_shown_with_its_errors_and_two_on_the_same_axes(tmp_path):
+    folders = []
+    for name, value in (("one", 1.0), ("two", 1.5)):
+        folders.append(write_run(tmp_path / name))
+        (folders[-1] / "evaluation").mkdir()
+        (folders[-1] / "evaluation" / "evaluation.json").write_text(json.dumps(an_evaluation(["lab"], value)))
+    _, page = read_page(folders[0])
+    assert page.row("lab") == ["1.000 ± 0.125", "1.000 ± 0.125", "1.000 ± 0.125", "", "77", ""]
+    assert page.row("all counts")[3] == "0.750, own-history n-gram"
+    assert ["own-history n-gram", "0.750 ± 0.250", "0.250 ± 0.016"] in sum(page.tables, [])
+    assert page.row("persistence") == ["0.500 ± 0.031", "0.500 ± 0.031"]
+    assert "one is 0.0625 ± 0.0078 nats/count above the ideal observer's 0.5000; 87.5% of the gain" in page.text
+    assert "one is better than the best possible" in page.text and "take care" in page.text
+    html, page = read_page(*folders)
+    for label, dots in (("context", 6), ("neuron", 2), ("checkpoint", 4)):
+        svg = html[html.index(f'aria-label="bits per spike by {label}"') :].partition("</figure>")[0]
+        assert svg.count("<circle") == dots and "one: 1.0000" in svg and "two: 1.5000" in svg
+    assert "(a bin is 20 ms)" in page.text and page.text.count("one: at most 0.0625 away") == 1
+
+
+def test_nothing_private_and_no_markup_of_others_is_on_the_page(tmp_path):
+    config = Config(
+        job=replace(Config().job, description="of Alice Smith", dump_folder="/home/alice/runs/x"),
+        data=replace(Config().data, source="/home/alice/secret.npz", index_folder="/scratch/alice", include_sources=["<b>x"]),
+        checkpoint=replace(Config().checkpoint, init_from="/home/alice/weights"),
+    )
+    token = "hf_" + "A1" * 12
+    failed = {"reason": "failed", "step": 3, "error": f"OSError: /home/alice/x {token}", "phase": "<script>alert(1)</script>"}
+    folder = write_run(tmp_path / "alice@host", config=config, exit_json=failed)
+    evaluated = an_evaluation(["/home/alice/data", "<i>monkey"])
+    evaluated |= {"asked": {"checkpoint": "/home/alice/runs"}, "warnings": [f"not evaluated: /home/alice/runs {token}"]}
+    evaluated["data"]["source"], evaluated["checkpoints"][0]["loaded"] = token, "/home/alice/runs"
+    generated = {"asked": {"out": "/home/alice/out"}, "prompt": "of /home/alice/secret.npz", "realism": None}
+    for name, record in (("evaluation/evaluation.json", evaluated), ("made/generated.json", generated)):
+        (folder / name).parent.mkdir()
+        (folder / name).write_text(json.dumps(record))
+    html, page = read_page(folder)
+    assert not re.search("alice|Alice|hf_A|/home|/scratch", html)
+    assert not {"script", "i"} & {tag for tag, _ in page.tags}
+    assert "<i>monkey" in page.text and ["data.include_sources", '["<b>x"]', "[]"] in sum(page.tables, [])
+
+
+def test_the_floor_of_a_ring_hmm_is_that_of_just_the_windows_scored(tmp_path):
+    source = "ring-hmm:n=3,K=5,p=0.1,bins=8,test_rows=20"
+    settings = {"source": source, "seq_len": 32, "seed": 42}
+    held_out = spikes.build(**settings, split="test", mode="aligned", overlap=True)
+    windows = ring_hmm_floor.window_nll(held_out)
+    counts, nll = sum(number for *_, number in windows), sum(nats for _, nats, _ in windows)
+    config = Config(data=replace(Config().data, source=source), training=replace(Config().training, seq_len=32, steps=1))
+    scored = dict(held_out=resume.sha256(held_out.fingerprint), counts=counts, windows=20, nll=0.9, null_nll=1.1, hist_nll=1.0)
+    folder = write_run(tmp_path / "run", [start(0), train(1, 1.0), validation(1, 0.2, **scored)], config=config, ladder=False)
+    run = report.read(folder)
+    expected = (1.1 * counts - nll) / (1234 * log(2))
+    assert run.ideal == pytest.approx({"nll": nll / counts, "bits_per_spike": expected})
+    html, page = read_page(folder)
+    assert page.row("ideal observer: the best possible")[0] == f"{expected:.3f}"
+    for change in ({"held_out": "other"}, {"counts": counts - 1}, {"windows": 19}):
+        lines = [start(0), train(1, 1.0), validation(1, 0.2, **scored | change)]
+        assert report.read(write_run(tmp_path / str(change), lines, config=config)).ideal is None
+
+
+def a_picture(path):
+    path.parent.mkdir(exist_ok=True)
+    drawing.Figure(60, 40, "x").save(path)
+
+
+def whole_run(folder):
+    """With something in every section."""
+    write_run(folder)
+    for step in (10, 20, 30, 40, 50):
+        a_picture(folder / "samples" / f"step-{step:08}.png")
+    for name in ("raster.png", "realism.png"):
+        a_picture(folder / "made" / name)
+    realism = {"rate": {"samples": 0.5, "data": 0.25, "difference": 0.125, "floor": None}}
+    (folder / "made" / "generated.json").write_text(json.dumps({"prompt": "words", "realism": realism}))
+    return folder
+
+
+def test_pictures_stand_in_the_page_itself_the_last_sample_among_them(tmp_path):
+    html, page = read_page(whole_run(tmp_path / "run"))
+    pictures = page.of("img")
+    assert [each["alt"] for each in pictures] == [
+        *(f"rasters at step {step}" for step in (10, 20, 30, 50)),
+        *("raster", "realism"),
+    ]
+    assert page.row("rate") == ["0.500", "0.250", "0.125", "-", "spikes a bin"]
+
+
+def test_nothing_on_the_page_points_out_of_it(tmp_path):
+    html, page = read_page(whole_run(tmp_path / "run"))
+    pointers = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href", "srcset")]
+    assert len(pointers) >= 10 and all(value.startswith(("data:", "#")) for value in pointers)
+    assert not re.search(r"https?:|url\(|@import|<script|javascript:|\son\w+=", html)
+    anchors = {value[1:] for value in pointers if value.startswith("#")}
+    assert anchors == {attributes["id"] for attributes in page.of("h2")}
+
+
+def browse(page: Path, folder: Path):
+    """(what the console said, the addresses that the page asked for, pixels)."""
+    from PIL import Image
+
+    picture, requests = folder / "picture.png", folder / "net.json"
+    flags = (
+        "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
+    )
+    answer = subprocess.run(
+        [CHROMIUM, *flags.split(), "--disable-sync", "--window-size=1000,1400", f"--user-data-dir={folder / 'profile'}"]
+        + ["--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--v=0", f"--log-net-log={requests}"]
+        + [f"--screenshot={picture}", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert picture.exists(), answer.stderr
+    events = [event.get("params", {}) for event in json.loads(requests.read_text())["events"]]
+    # What a browser asks for on its own account, such as the time, has no page as its origin.
+    asked = {each["url"] for each in events if "url" in each and each.get("initiator", "not an origin") != "not an origin"}
+    console = [line for line in answer.stderr.splitlines() if ":CONSOLE" in line]
+    return console, asked, np.asarray(Image.open(picture).convert("RGB"))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser: none of chromium, chromium-browser, google-chrome is on the PATH")
+def test_a_real_browser_shows_the_page_without_a_complaint_or_a_request(tmp_path):
+    report.write_page([whole_run(tmp_path / "run"), write_run(tmp_path / "two")], tmp_path / "page.html", say=lambda line: None)
+    console, asked, pixels = browse(tmp_path / "page.html", tmp_path)
+    assert (console, asked) == ([], set())
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50 and (pixels == 255).all(2).mean() > 0.5
+    # Looked at in the same way, a page that does both is found out.
+    bad = '<img src="http://page-asks.example/x.png"><script>console.error("page complains")</script>'
+    (tmp_path / "bad.html").write_text(bad)
+    console, asked, _ = browse(tmp_path / "bad.html", tmp_path)
+    assert any("page complains" in line for line in console) and asked == {"http://page-asks.example/x.png"}
+
+
+def test_as_a_command_it_writes_the_page_or_says_what_is_no_run(tmp_path, monkeypatch, capsys):
+    folder = write_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    for arguments, written in (
+        ([str(folder)], folder / "report.html"),
+        ([str(folder), str(folder)], tmp_path / "comparison.html"),
+        ([str(folder), "--out", "x.html"], tmp_path / "x.html"),
+    ):
+        monkeypatch.setattr("sys.argv", ["report", *arguments])
+        report.main()
+        assert written.read_text().startswith("<!doctype html>")
+    assert f"report: {folder / 'report.html'}" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "nothing")])
+    with pytest.raises(ValueError, match="no run folder.*metrics.jsonl"):
+        report.main()
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_defaults_that_settings_are_compared_with_are_those_of_config_py(tmp_path):
+    _, page = read_page(write_run(tmp_path / "run", config=Config()))
+    head = next(table for table in page.tables if table and table[0] == ["", "run"] and len(table) > 40)
+    assert {row[0] for row in head[1:]} == {
+        f"{section}.{key}" for section, keys in asdict(Config()).items() for key in keys if section != "job"
+    } - {"data.index_folder"}
+    assert not any(row[-1:] == ["default"] and len(table) > 1 for table in page.tables for row in table[:1])
