@@ -80,26 +80,30 @@ def retrain_on_rank(rank, folders, out):
 
 @pytest.fixture(scope="module")
 def taken_in(tmp_path_factory):
-    """Folders of every kind and type, and the DCP folders made of them."""
+    """The tensors of folders of every kind and type, Meta's among them, and the DCP folders made of them."""
     root = tmp_path_factory.mktemp("folders")
-    sources, folders = {}, []
-    for kind in KINDS:
+    tensors, folders = {}, []
+    for kind in (*KINDS, "meta"):
         for dtype in (torch.float32, torch.bfloat16):
             name = f"{kind}-{str(dtype).removeprefix('torch.')}"
-            save_hf(root / "hf" / name, kind, dtype)
-            sources[name] = root / "hf" / name
-            folders.append(take_in(sources[name], root / "dcp" / name))
-    return sources, folders
+            if kind == "meta":
+                _, tensors[name] = save_meta(root / "in" / name, 2, dtype)
+            else:
+                save_hf(root / "in" / name, kind, dtype)
+                tensors[name] = tensors_of(root / "in" / name)
+            folders.append(take_in(root / "in" / name, root / "dcp" / name))
+    return tensors, folders
 
 
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
-def test_hugging_face_weights_come_back_bit_for_bit_from_any_number_of_ranks(tmp_path, taken_in, num_ranks):
-    sources, folders = taken_in
+def test_weights_come_back_bit_for_bit_from_any_number_of_ranks(tmp_path, taken_in, num_ranks):
+    tensors, folders = taken_in
     on_ranks(num_ranks, retrain_on_rank, folders, tmp_path)
-    for name, source in sources.items():
-        kept, dtype = (tmp_path / name / "step-00000007"), name.partition("-")[2]
-        assert give_out(kept, tmp_path / "out" / name, "--dtype", dtype, "--max_shard_size", "90KB") == 0
-        before, after = tensors_of(source), tensors_of(tmp_path / "out" / name)
+    for name, before in tensors.items():
+        kept, out, (kind, _, dtype) = tmp_path / name / "step-00000007", tmp_path / "out" / name, name.partition("-")
+        form = "pth" if kind == "meta" else "hf"
+        assert give_out(kept, out, "--format", form, "--dtype", dtype, "--max_shard_size", "90KB") == 0
+        after = torch.load(out / "consolidated.00.pth", weights_only=True) if kind == "meta" else tensors_of(out)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
 
