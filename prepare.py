@@ -82,10 +82,12 @@ def make_store(flags):
         if Path(source).is_dir() and Path(source).resolve() in (out.resolve(), *out.resolve().parents):
             raise ConfigError(f"--out={out} lies in {source}, and would be taken for a part of it; name a folder elsewhere")
     files = [file for source in flags.sources for file in rows.find(source)]
+    check_meant(flags, files)
     if generated := [file for file in files if file.bytes_file is None]:
         raise ConfigError(f"{generated[0].source} makes its rows when they are read; there is nothing to prepare")
     settings = conversion.Settings(
-        bin_width_s=width or (rows.DEFAULT_BIN_WIDTH_S if any(file.is_nwb for file in files) else None),
+        # Counts beside NWB files do not get their default, which nobody claimed of them.
+        bin_width_s=width or (rows.DEFAULT_BIN_WIDTH_S if all(file.is_nwb for file in files) else None),
         interval=flags.interval,
         source_dataset=flags.source_dataset or (out.resolve().name if any(file.is_nwb for file in files) else ""),
         order=flags.order,
@@ -119,6 +121,7 @@ def inspect(flags):
     if flags.out and Path(flags.out).exists() and not Path(flags.out).is_dir():
         raise ConfigError(f"--out={flags.out} is a file; name a folder")
     files, found, notes = rows.find(source), inventory.Inventory(), []
+    check_meant(flags, files)
     with Progress(files, flags.interval) as progress:
         for file in files:
             read, of_file = rows.read(file, bin_width_s=flags.bin_width, interval=flags.interval)
@@ -129,6 +132,11 @@ def inspect(flags):
     notes += [f"{path.name} is not read: {reason}" for path, reason in sources.skipped_files(source)]
     result = {"source": summary.public_name(source), **found.result(), "notes": notes}
     print(*inventory.table(result), *inventory.findings(result), *notes[:MOST_LINES], sep="\n")
+    if len(notes) > MOST_LINES:
+        print(
+            f"... and {len(notes) - MOST_LINES:,} more such lines"
+            + (" in inventory.json" if flags.out else "; --out keeps all")
+        )
     if flags.out:
         folder = Path(flags.out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -168,6 +176,22 @@ def shared_sessions(lines) -> int:
 def check_width(width):
     if width is not None and not 0 < width < float("inf"):
         raise ConfigError(f"--bin-width={width} must be a positive number of seconds")
+
+
+def check_meant(flags, files):
+    """Refuse what would change nothing: counts are not binned again, nor cut at intervals."""
+    for file in files:
+        if flags.interval and not file.is_nwb:
+            raise ConfigError(
+                f"--interval={flags.interval}: {file.name} holds counts and no intervals; leave it out, or name NWB"
+            )
+        if flags.bin_width and isinstance(file.path, store.Store):
+            known = set(file.path.rows(["bin_width_s"])["bin_width_s"].to_pylist()) - {None, flags.bin_width}
+            if known:
+                raise ConfigError(
+                    f"--bin-width={flags.bin_width}: the store {file.name} has bins of {min(known)} s, and counts are not "
+                    "binned again; leave it out, or prepare another store of the files with spike times"
+                )
 
 
 class Progress:

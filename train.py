@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 import preflight
+import torchtitan_bio
 from torchtitan_bio import (
     attempt,
     attention,
@@ -99,7 +100,8 @@ def main(loaded: config_loader.Loaded):
             say(f"{folder} is finished: all {step} steps are done")
         else:
             this.runs(step)
-            log.start(step, ranks=world.size, torch=torch.__version__, attention=built.kernel.record, attempt=attempt.number())
+            versions = {"torch": torch.__version__, "torchtitan_bio": torchtitan_bio.__version__}
+            log.start(step, ranks=world.size, **versions, attention=built.kernel.record, attempt=attempt.number())
         # The score may be missing: of a run trained without validation, of one that was told to stop while it validated.
         is_known = held_out is not None and log.has_validation(step, resume.sha256(held_out.fingerprint))
         if (step == training.steps or step % config.validation.freq == 0) and not world.exchange(is_known)[0]:

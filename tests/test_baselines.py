@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from torchtitan_bio.config import ConfigError
 from torchtitan_bio.data import spikes
 from torchtitan_bio.science import baselines
 
@@ -180,6 +181,13 @@ def test_the_command_prints_the_ladder_of_a_data_set(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "held-out bits/spike" and len(lines) == 8
     assert any(line.endswith("0.000") and "Poisson null (oracle)" in line for line in lines)
+
+
+@pytest.mark.parametrize("words", [["nowhere"], ["ring-hmm:n=3,colour=1"], ["ring-hmm:n=3", "--split-by", "time"]])
+def test_the_command_refuses_what_is_no_data_as_its_users_mistake(monkeypatch, words):
+    monkeypatch.setattr("sys.argv", ["baselines", "--data", *words])
+    with pytest.raises(ConfigError, match=words[0]):
+        baselines.main()
 
 
 def test_a_neuron_silent_in_training_costs_a_finite_score():

@@ -117,6 +117,11 @@ BROKEN = {
     "table of units is empty": replace("units/spike_times_index", np.zeros(0, np.uint8)),
     "does not rise to 7, the number of spike times, but ends at 9": replace("units/spike_times_index", [3, 9]),
     "does not rise to 7": replace("units/spike_times_index", [5, 3, 7]),
+    "units/spike_times is not a column: it has 0 dimensions": replace("units/spike_times", 0.1),
+    "units/spike_times is not a column: it has 2 dimensions": replace("units/spike_times", np.ones((7, 2))),
+    "units/spike_times_index is not a column": replace("units/spike_times_index", 7),
+    "intervals/trials/start_time is not a column": replace("intervals/trials/start_time", [[0.0]]),
+    "general/subject/subject_id is not one text": replace("general/subject/subject_id", ["m1", "m2"]),
     "no intervals 'trials'; it has epochs": drop("intervals/trials"),
     "no intervals 'trials'; it has none": drop("intervals"),
     "intervals/trials has no column stop_time": drop("intervals/trials/stop_time"),
@@ -124,6 +129,14 @@ BROKEN = {
     "none of its 1 intervals 'trials' is as long as a bin of 0.02 s": replace("intervals/trials/stop_time", [0.01]),
     r"trials-0 it has 50,000,000,000,000 bins of 0.02 s; a spike time": replace("intervals/trials/stop_time", [1e12]),
 }
+
+
+def test_a_name_in_a_list_of_one_is_that_name_and_an_empty_one_is_none(tmp_path):
+    path = write_nwb(tmp_path / "a.nwb", [[0.1]])
+    change(path, replace("general/subject/subject_id", [b"m1"]))
+    change(path, replace("general/session_id", h5py.Empty("S1")))
+    (row,) = read(path)[0]
+    assert (row.subject_id, row.session_id) == ("m1", "a")
 
 
 @pytest.mark.parametrize("complaint", BROKEN)

@@ -64,6 +64,8 @@ def test_a_labs_nwb_files_become_a_store_that_training_reads(tmp_path, capsys):
         (["spikes", "ring-hmm:n=4", "--out", "{}/out"], "nothing to prepare"),
         (["inspect", "{}/in", "--bin-width", "-1"], "--bin-width=-1.0 must be"),
         (["inspect", "{}/in", "--out", "{}/in/x.parquet"], "x.parquet is a file"),
+        (["inspect", "{}/in", "--interval", "trials"], "x.parquet holds counts and no intervals"),
+        (["spikes", "{}/in", "--out", "{}/out", "--interval", "trials"], "x.parquet holds counts and no intervals"),
         (["inspect", "{}/empty"], "expected .parquet, .arrow, .npz files"),
         (["split", "{}/in", "--by", "session"], "in is not a prepared store: prepare.py spikes .*in --out"),
         (["split", "{}/in", "--by", "session", "--test", "1"], "leave something for train"),
@@ -165,6 +167,45 @@ def test_without_a_bin_width_nothing_is_said_of_seconds(tmp_path, capsys):
     run("inspect", tmp_path / "x.parquet")
     said = capsys.readouterr().out
     assert "/bin" in said and "/s " not in said and sorted(path.name for path in tmp_path.iterdir()) == ["x.parquet"]
+
+
+def test_a_store_keeps_its_bin_width_and_takes_one_only_where_it_knows_none(tmp_path, capsys):
+    pq.write_table(table(recordings(3)), tmp_path / "x.parquet")
+    run("spikes", tmp_path / "x.parquet", "--out", tmp_path / "unknown")
+    run("spikes", tmp_path / "unknown", "--bin-width", 0.05, "--out", tmp_path / "known")
+    assert set(store.read_table(tmp_path / "unknown")["bin_width_s"].to_pylist()) == {None}
+    assert set(store.read_table(tmp_path / "known")["bin_width_s"].to_pylist()) == {0.05}
+    for words in (["inspect", tmp_path / "known"], ["spikes", tmp_path / "known", "--out", tmp_path / "out"]):
+        with pytest.raises(ConfigError, match="known has bins of 0.05 s, and counts are not binned again"):
+            run(*words, "--bin-width", 0.02)
+    assert not (tmp_path / "out").exists()
+
+
+def test_counts_beside_nwb_do_not_get_the_default_bin_width_of_spike_times(tmp_path):
+    pytest.importorskip("h5py", reason="NWB files are read with h5py, the extra nwb")
+    write_nwb(tmp_path / "a.nwb", [[0.1, 0.5]])
+    pq.write_table(table(recordings(1)), tmp_path / "x.parquet")
+    run("spikes", tmp_path / "a.nwb", tmp_path / "x.parquet", "--out", tmp_path / "out")
+    assert store.read_table(tmp_path / "out")["bin_width_s"].to_pylist() == [0.02, None]
+
+
+def test_a_neuron_of_one_spike_in_days_is_among_the_rates(tmp_path):
+    counts = np.zeros((2, 1_200_000), np.uint8)
+    counts[0, 5] = 1
+    np.savez(tmp_path / "x.npz", spike_counts=counts)
+    run("inspect", tmp_path / "x.npz", "--out", tmp_path / "out")
+    total = json.loads((tmp_path / "out" / "inventory.json").read_text())["total"]
+    assert (sum(total["neurons_by_rate"]), total["silent_neurons"]) == (1, 1)
+
+
+def test_what_is_not_listed_is_counted(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("h5py", reason="NWB files are read with h5py, the extra nwb")
+    monkeypatch.setattr(prepare, "MOST_LINES", 1)
+    for name in "abc":
+        write_nwb(tmp_path / f"{name}.nwb", [[0.1, np.nan]])
+    run("inspect", tmp_path)
+    said = capsys.readouterr().out
+    assert said.count("are left out") == 1 and "... and 2 more such lines; --out keeps all" in said
 
 
 def test_a_byte_that_changed_in_a_store_is_found_by_inspect(tmp_path, capsys):

@@ -121,6 +121,21 @@ def test_the_numbers_on_the_page_are_those_of_the_folder(tmp_path):
     assert "Below the frame: pooled -3.00; run -60.0 at step 0." in page.text
 
 
+def test_a_score_of_some_windows_says_so_beside_baselines_of_all(tmp_path):
+    lines = [start(0), train(1, 2.0), validation(1, 1.2345, windows=16, subset="16 of 2998 windows, by hash")]
+    _, page = read_page(write_run(tmp_path / "run", lines, steps=1))
+    assert page.row("held-out score") == ["1.234 bits/spike after step 1, on 16 of 2998 windows, by hash"]
+    assert "run was scored on 16 of 2998 windows, by hash (validation.max_windows), and its baselines on all" in page.text
+    assert "and its baselines on all" not in read_page(write_run(tmp_path / "whole"))[1].text
+
+
+def test_the_scores_of_a_model_that_has_learnt_little_are_inside_the_frame(tmp_path):
+    lines = [start(0), validation(0, -60.0), train(1, 2.0), validation(1, -17.0)]
+    html, page = read_page(write_run(tmp_path / "run", lines, steps=1))
+    assert "Below the frame" not in page.text
+    assert "run, step 0: -60.0000 bits/spike" in html and "run, step 1: -17.0000 bits/spike" in html
+
+
 def test_a_dot_lies_where_the_axes_say_its_value_is(tmp_path):
     html, _ = read_page(write_run(tmp_path / "run"))
     svg = html[html.index('aria-label="bits per spike by step"') :].partition("</figure>")[0]
@@ -251,6 +266,16 @@ def test_broken_files_are_told_and_the_rest_is_shown(tmp_path):
     _, page = read_page(folder)
     assert all(f"{name} cannot be read" in page.text for name in ("exit.json", "ladder.json", "config.toml"))
     assert page.row("held-out score") == ["1.234 bits/spike after step 40"] and page.of("img") == []
+
+
+def test_a_record_of_another_version_is_told_and_the_rest_is_shown(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "evaluation").mkdir()
+    for name in ("ladder.json", "evaluation/evaluation.json"):
+        (folder / name).write_text('{"a": 1}')
+    _, page = read_page(folder)
+    assert "ladder.json is not of this version: it has no 'rungs'" in page.text
+    assert "evaluation.json is not of this version: it has no 'checkpoints'" in page.text
 
 
 def an_evaluation(groups=(), value=1.0):

@@ -48,7 +48,7 @@ def read_session(path: Path, *, bin_width_s: float, interval: str = "") -> Sessi
     """Spike times as they are to be counted: finite, in order, and where no interval says otherwise not before zero."""
     with sources.reading(path), open_file(path) as file:
         ends = _unit_ends(file)
-        times = np.split(np.asarray(file["units/spike_times"][()], np.float64), ends[:-1])
+        times = np.split(np.asarray(_column(file, "units/spike_times")[()], np.float64), ends[:-1])
         subject, session = (_text(file, name) for name in ("general/subject/subject_id", "general/session_id"))
         table = _interval(file, interval) if interval else None
     times, notes = _clean(times)
@@ -86,8 +86,8 @@ def _unit_ends(file) -> np.ndarray:
         raise ValueError("it has no units/spike_times: no sorted units are in this file")
     if "spike_times_index" not in file["units"]:
         raise ValueError("it has units/spike_times without units/spike_times_index, which says whose they are")
-    total = len(file["units/spike_times"])
-    ends = np.asarray(file["units/spike_times_index"][()]).astype(np.int64)  # as small a type as holds them, often uint8
+    total = len(_column(file, "units/spike_times"))
+    ends = _column(file, "units/spike_times_index")[()].astype(np.int64)  # as small a type as holds them, often uint8
     if not len(ends):
         raise ValueError("its table of units is empty")
     if ends[0] < 0 or (np.diff(ends) < 0).any() or ends[-1] != total:
@@ -106,14 +106,26 @@ def _interval(file, name):
     for column in ("start_time", "stop_time"):
         if column not in file["intervals"][name]:
             raise ValueError(f"intervals/{name} has no column {column}")
-        columns.append(np.asarray(file["intervals"][name][column][()], np.float64))
+        columns.append(np.asarray(_column(file, f"intervals/{name}/{column}")[()], np.float64))
     if len(columns[0]) != len(columns[1]):
         raise ValueError(f"intervals/{name} has {len(columns[0])} start times and {len(columns[1])} stop times")
     return columns
 
 
+def _column(file, name):
+    """A data set of one dimension."""
+    dimensions = getattr(file[name], "ndim", "no")  # a group has none
+    if dimensions != 1:
+        raise ValueError(f"{name} is not a column: it has {dimensions} dimensions, not 1")
+    return file[name]
+
+
 def _text(file, name) -> str:
-    value = file[name][()] if name in file else ""
+    if name not in file or getattr(file[name], "shape", ()) is None:  # not there, or written as an empty one
+        return ""
+    if getattr(file[name], "size", 0) != 1:
+        raise ValueError(f"{name} is not one text")
+    value = np.asarray(file[name][()], object).item()
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 

@@ -95,10 +95,11 @@ def count(file: File, interval: str = "") -> int:
 def read(file: File, *, bin_width_s: float | None = None, interval: str = "", source_dataset: str = ""):
     """(an iterator of the rows of a file, notes on what in it was not as it should be).
 
-    bin_width_s: of spike times; of counts what is known of them. source_dataset: of rows whose file names none.
+    bin_width_s: of spike times; of counts what is known of them, which a store may know already.
+    source_dataset: of rows whose file names none.
     """
     if isinstance(file.path, store.Store):
-        return _of_store(file.path), []
+        return _of_store(file.path, bin_width_s), []
     if isinstance(file.path, ring_hmm.RingHMM):
         return _of_generator(file), []
     if file.is_nwb:
@@ -146,7 +147,7 @@ def _of_session(session, file, bin_width_s, source_dataset):
         )
 
 
-def _of_store(prepared):
+def _of_store(prepared, bin_width_s):
     index, table = prepared.index(), prepared.rows()
     for row, entry in enumerate(line for batch in table.to_batches(max_chunksize=100) for line in batch.to_pylist()):
         counts, fault = None, entry["fault"]
@@ -156,7 +157,8 @@ def _of_store(prepared):
                 counts, fault = None, "damaged: its bytes are not those that were written"
         yield Row(
             **{name: entry[name] for name in ("name", *recordings.METADATA, "split", "n", "t")},
-            **{name: entry[name] for name in ("checksum", "origin_s", "bin_width_s")},
+            **{name: entry[name] for name in ("checksum", "origin_s")},
+            bin_width_s=entry["bin_width_s"] or bin_width_s,
             fault=fault,
             counts=counts,
             clipped_at=np.array(entry["clipped_at"], np.int64),

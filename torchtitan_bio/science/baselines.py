@@ -9,6 +9,7 @@ training data, or with some of its neurons alone, is left out. ladder.py keeps a
 """
 
 import argparse
+import sys
 import time
 from dataclasses import dataclass
 from math import lgamma, log
@@ -320,13 +321,15 @@ def main():
     parser.add_argument("--split-by", default="given", help="as data.split_by in a config (default: given)")
     options = parser.parse_args()
 
+    from torchtitan_bio import exits
     from torchtitan_bio.data import spikes
     from torchtitan_bio.science import ladder
 
-    train, held_out = (
-        spikes.build(source=options.data, split=split, split_by=options.split_by, seq_len=512)
-        for split in ("train", options.split)
-    )
+    with exits.blaming_the_input():
+        train, held_out = (
+            spikes.build(source=options.data, split=split, split_by=options.split_by, seq_len=512)
+            for split in ("train", options.split)
+        )
     found = ladder.Ladder(
         [list(rung) for rung in score(train, held_out).bits_per_spike()], match(train, held_out)[1], len(held_out.index)
     )
@@ -334,4 +337,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    from torchtitan_bio import exits
+
+    sys.exit(exits.run(main))

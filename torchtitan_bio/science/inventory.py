@@ -73,7 +73,7 @@ class _Sums:
         for at in range(0, len(flat), FLAT_COUNTS):
             self.histogram += np.bincount(flat[at : at + FLAT_COUNTS], minlength=256)
         means = counts.sum(1, dtype=np.int64) / row.t
-        self.rates += np.histogram(means, RATE_EDGES)[0]
+        self.rates += np.histogram(np.maximum(means[means > 0], RATE_EDGES[0]), RATE_EDGES)[0]  # all that are not silent
         self.silent += int(np.count_nonzero(means == 0))
         self.seconds += row.t * (row.bin_width_s or 0)
         self.neuron_seconds += row.n * row.t * (row.bin_width_s or 0)

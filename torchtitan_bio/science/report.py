@@ -65,10 +65,11 @@ def page(runs: list[Run]) -> str:
         "settings": ("Settings", settings(named)),
     }
     shown = {key: (head, content) for key, (head, content) in sections.items() if content}
+    made = f"page made by torchtitan_bio {torchtitan_bio.__version__}, {time.strftime('%Y-%m-%d %H:%M')}"
     return parts.page(
         f"{title} - report",
         parts.tag("h1", title),
-        parts.tag("p", f"torchtitan_bio {torchtitan_bio.__version__}, {time.strftime('%Y-%m-%d %H:%M')}", class_="small"),
+        parts.tag("p", made, class_="small"),
         parts.tag("nav", *(parts.tag("a", head, href=f"#{key}") for key, (head, _) in shown.items())),
         *(parts.section(key, head, content) for key, (head, content) in shown.items()),
     )
@@ -83,6 +84,9 @@ def in_short(named):
         if run.exit.get("reason") == "failed":
             content.append(parts.note(f"{name} failed {failure(run.exit)}", is_bad=True))
         content += [parts.note(f"{name}: {line}") for line in run.notes]
+        if run.rungs and (part := run.last.get("subset", "all")) != "all":
+            words = f"{name} was scored on {part} (validation.max_windows), and its baselines on all that is held out."
+            content.append(parts.note(words))
     if len({run.last.get("held_out") for _, run in named if run.last}) > 1:
         content.append(
             parts.note("The runs were scored on different held-out data: their scores do not say which model is better.")
@@ -117,7 +121,8 @@ def facts(run: Run) -> dict[str, str]:
     last, config, steps, found = run.last or {}, run.config, run.steps, {"ended": ended(run)}
     value = last.get("bits_per_spike")
     if value is not None:
-        found["held-out score"] = f"{value:.3f} bits/spike after step {last['step']:,}"
+        part = "" if last.get("subset", "all") == "all" else f", on {last['subset']}"
+        found["held-out score"] = f"{value:.3f} bits/spike after step {last['step']:,}{part}"
     if value is not None and run.rungs:
         name, best = max(run.rungs, key=lambda rung: rung[1])
         side = "above" if value > best else "below"
@@ -267,12 +272,13 @@ def course(named):
                 start.get("ranks", ""),
                 start.get("device", ""),
                 (start.get("attention") or {}).get("name", ""),
+                start.get("torchtitan_bio", ""),
                 start.get("torch", ""),
             ]
             for start in run.starts
         ]
-        head = ["after step", "attempt", "processes", "device", "attention", "torch"]
-        content.append(parts.table(head, rows[:ROWS_SHOWN], words=(3, 4, 5), caption=f"{name}: starts"))
+        head = ["after step", "attempt", "processes", "device", "attention", "torchtitan_bio", "torch"]
+        content.append(parts.table(head, rows[:ROWS_SHOWN], words=(3, 4, 5, 6), caption=f"{name}: starts"))
         for record in (run.exit.get("previous"), run.exit if run.exit.get("reason") == "failed" else None):
             content.append(
                 parts.tag("p", f"{name}, attempt {record.get('attempt', '?')}, failed {failure(record)}") if record else ""

@@ -95,11 +95,11 @@ def read(folder: Path) -> Run:
         skipped_rows={line["step"]: public(line.get("rows", [])) for line in by_kind["skip"]},
         validations=public(validations),
         exit=public(_json(folder / "exit.json", notes) or {}),
-        rungs=_rungs(_json(folder / "ladder.json", notes), validations[-1] if validations else None),
+        rungs=_rungs(_json(folder / "ladder.json", notes, "rungs"), validations[-1] if validations else None),
         ideal=_ideal(config, validations[-1] if validations else None),
         model=_model(_json(newest / "model.json", notes)) if newest else None,
         data=public(_json(newest / "data.json", notes) or {}) if newest else {},
-        evaluation=public(_json(folder / "evaluation" / "evaluation.json", notes)),
+        evaluation=public(_json(folder / "evaluation" / "evaluation.json", notes, "checkpoints")),
         generated=_generated(folder, notes),
         samples=sorted(path for path in folder.glob("samples/step-*.png") if _is_png(path)),
         notes=notes,
@@ -139,11 +139,15 @@ def _config(path: Path, notes: list[str]) -> dict | None:
     return None
 
 
-def _json(path: Path, notes: list[str]) -> dict | None:
-    """None where it is not there, or no object."""
+def _json(path: Path, notes: list[str], key: str | None = None) -> dict | None:
+    """None where it is not there, or no object, or one without the key that makes it what its name says."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else None
+        found = found if isinstance(found, dict) else None
+        if key and key not in (found or {}):
+            notes.append(f"{path.name} is not of this version: it has no {key!r}")
+            return None
+        return found
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

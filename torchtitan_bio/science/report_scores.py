@@ -85,25 +85,27 @@ def _draw_scores(runs):
         for *_, run in runs
     ]
     shown = [value for curve in curves for _, value in curve] + list((levels | best).values()) + [0.0]
+    # The scores of a model that has learnt little are shown all the same where there are no others.
+    least = LEAST_SHOWN if any(value >= LEAST_SHOWN for curve in curves for _, value in curve) else -np.inf
     chart = parts.Chart(
         x=(0, max(1, *(curve[-1][0] for curve in curves))),
-        y=drawing.limits([value for value in shown if value >= LEAST_SHOWN]),
+        y=drawing.limits([value for value in shown if value >= least]),
         x_label="training step",
         y_label=UNIT,
         height=360,
         **({"right": LEVELS_ROOM} if levels or best else {}),
     )
     for name, value in levels.items():
-        if value >= LEAST_SHOWN:
+        if value >= least:
             chart.level(value, name)
     for name, value in best.items():
         chart.level(value, name, drawing.INK, dash="")
-    below = [f"{name} {value:.2f}" for name, value in levels.items() if value < LEAST_SHOWN]
+    below = [f"{name} {value:.2f}" for name, value in levels.items() if value < least]
     for (number, name, _), curve in zip(runs, curves, strict=True):
         color, dash = style(number)
         titles = [f"{name}, step {step:,}: {value:.4f} bits/spike" for step, value in curve]
-        below += [f"{name} {value:.1f} at step {step:,}" for step, value in curve if value < LEAST_SHOWN]
-        steps, values = zip(*((step, value if value >= LEAST_SHOWN else np.nan) for step, value in curve), strict=True)
+        below += [f"{name} {value:.1f} at step {step:,}" for step, value in curve if value < least]
+        steps, values = zip(*((step, value if value >= least else np.nan) for step, value in curve), strict=True)
         chart.line(steps, values, color, dash=dash, name=name)
         chart.points(steps, values, color, titles=titles)
     caption = "Lines across are baselines on the same held-out data. " if levels else ""
@@ -194,7 +196,7 @@ def of_baselines(named):
                 tables.append(_table_of_rungs(models, rungs))
     words = (
         "Bits/spike of models after their last validation, and of classical models that were fitted to training data and "
-        "scored on the same held-out counts."
+        "scored on the same held-out recordings."
     )
     return parts.join(parts.tag("p", words), *tables) if tables else ""
 
@@ -357,7 +359,7 @@ def _chart_of(curves, x_label: str, *, log_x=False, lines=True):
     octaves = [2.0**power for power in range(24) if x[0] <= 2**power <= x[1]]
     chart = parts.Chart(
         x=x,
-        y=drawing.limits(np.maximum(reach, LEAST_SHOWN)),
+        y=drawing.limits(np.maximum(reach, LEAST_SHOWN if max(reach[1:]) > LEAST_SHOWN else -np.inf)),
         x_label=x_label,
         y_label=UNIT,
         log_x=log_x,
