@@ -195,10 +195,13 @@ with_torchrun() {
     else
         torchrun+=(--standalone)
     fi
-    # A signal that torchrun does not pass on kills it and leaves its workers alone; one that it does gave them 30 s to save.
+    # A signal that torchrun does not pass on kills it and leaves its workers alone; one that it does gave them 30 s to save. It would
+    # end at SIGHUP, when a terminal closes, even under nohup, which asks for the opposite.
+    local passed_on=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+    if [[ $(trap -p HUP) == *"''"* ]]; then passed_on=${passed_on/SIGHUP,/}; fi
     torch=$("$python" -c 'import importlib.util; print(*importlib.util.find_spec("torch").submodule_search_locations)')
     if grep -qs signals_to_handle "$torch/distributed/run.py"; then
-        torchrun+=("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+        torchrun+=("--signals-to-handle=$passed_on")
     fi
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
     command=("${torchrun[@]}" ${TORCHRUN_ARGS:-} "${command[@]:1}")

@@ -214,6 +214,23 @@ def test_a_ranks_own_error_comes_before_what_others_noticed_of_it(order, blamed,
         assert re.search(rf"^rank {rank} {verb} step 5, forward", err, re.M)
 
 
+def fail_without_space(rank, folder):
+    def full(path, text):
+        path.touch()
+        raise OSError("No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        return blame(rank, folder, ["own"])
+
+
+def test_a_full_disk_keeps_the_exit_json_there_is_and_leaves_no_half_of_another(tmp_path):
+    (tmp_path / "exit.json").write_text('{"reason": "running"}')
+    (err,) = on_ranks(1, fail_without_space, tmp_path)
+    assert "rank 0 could not write exit.json: No space left" in err and "rank 0 failed in step 5, forward: OSError: disk" in err
+    assert exit_json(tmp_path) == {"reason": "running"} and not list(tmp_path.glob("exit.json.*"))
+
+
 def test_what_other_ranks_notice_of_an_interruption_does_not_make_a_failure_of_it(tmp_path):
     on_ranks(1, blame, tmp_path, ["interrupt", "gloo", "elsewhere"])
     assert (exit_json(tmp_path)["reason"], exit_json(tmp_path)["step"]) == ("interrupted", 5)

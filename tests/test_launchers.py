@@ -2,15 +2,18 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed.run import get_args_parser
 
 import preflight
-from torchtitan_bio import config_loader
+from torchtitan_bio import config_loader, metrics
+from torchtitan_bio.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -149,6 +152,28 @@ def test_preflight_prints_the_run_folder_and_nothing_else(capsys):
     assert capsys.readouterr().out == "my runs/a\n"
 
 
+LITTLE = SimpleNamespace(free=2**20)
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "value", "told"),
+    [
+        (shutil, "disk_usage", LITTLE, r"new/checkpoint has 1.0 MiB free, and 2 more checkpoint\(s\) of 1.3 MiB each"),
+        (os, "access", False, r"new/checkpoint cannot be written: \S+ is read-only"),
+        (metrics, "host_memory_bytes", 2**20, r"a process needs 0.0 GiB and its share is 0.0"),
+    ],
+    ids=["disk", "folder", "memory"],
+)
+def test_what_disk_folder_or_memory_refuse_is_refused_before_ranks_start(target, name, value, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(target, name, lambda *settings: value)
+    for each in ("SLURM_JOB_ID", "SLURM_JOB_NUM_NODES"):
+        monkeypatch.delenv(each, raising=False)
+    settings = ["--job.config_file", str(ROOT / "train_configs/debug.toml"), "--job.dump_folder", str(tmp_path / "new")]
+    with pytest.raises(ConfigError, match=told):
+        preflight.main(config_loader.load(settings))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_config_is_checked_for_all_processes_of_the_job(site):
     site.start("x.toml", NPROC="4", **JOB)
     assert Path(f"{site.calls}.asked").read_text().endswith("for 12\n")
@@ -190,9 +215,15 @@ def test_an_impossible_number_of_processes_is_refused(site, number):
 
 
 @pytest.mark.skipif("signals_to_handle" not in get_args_parser().format_help(), reason="this torchrun cannot")
-def test_torchrun_passes_sigusr1_on_where_it_can(site):
+def test_torchrun_passes_sigusr1_on_where_it_can_and_under_nohup_does_not_hear_a_terminal_close(site):
     _, _, calls = site.start(NPROC="2")
-    assert torchrun(calls[-1]).signals_to_handle.split(",")[-1] == "SIGUSR1"
+    assert torchrun(calls[-1]).signals_to_handle == "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        _, _, calls = site.start(NPROC="2")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert torchrun(calls[-1]).signals_to_handle == "SIGTERM,SIGINT,SIGQUIT,SIGUSR1"
     _, _, calls = site.start(**site.gpus(2))  # a torch without the option
     assert not any("signals" in argument for argument in calls[-1])
 

@@ -118,8 +118,13 @@ class Attempt:
         record = {key: value for key, value in record.items() if value is not None or key == "step"}
         path = self.folder / "exit.json"
         written = path.with_name(f"exit.json.{self.rank}.new")
-        written.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(written, path)
+        try:
+            written.write_text(json.dumps(record, indent=1) + "\n")
+            os.replace(written, path)
+        except OSError:
+            with suppress(OSError):
+                written.unlink()
+            raise
 
 
 def begin(folder: Path, world, *, limit_s: float, stale_s: float, say: Callable[[str], None]) -> Attempt:
