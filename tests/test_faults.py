@@ -1,13 +1,12 @@
 """Faults injected into whole runs: those of docs/reliability.md that no other file injects."""
 
-import contextlib
-import io
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -16,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ranks import on_ranks
+import whole_runs
 from spike_files import recordings, table
-from test_attempt import SLOW_STEPS, await_step, launch, processes_of
+from test_attempt import ROOT, SLOW_STEPS, await_step, launch, processes_of
 from test_train import tree_of
 from toy_checkpoints import flip_a_bit
-from whole_runs import before_step, exit_json, lines, losses, saved_steps, train_main
+from whole_runs import before_step, exit_json, lines, losses, saved_steps
 
 from torchtitan_bio import checkpoint, config_loader
 from torchtitan_bio.config import ConfigError
@@ -31,21 +30,11 @@ SETTINGS = ["--training.steps=6", "--checkpoint.interval=2", "--validation.enabl
 # ---- whole runs on a standing group of ranks ----
 
 
-def outcome_of_main(rank, folder, arguments, bend):
-    """What a run raised, in words ("" where it ended well); what it printed, to stdout and to stderr."""
-    err = io.StringIO()
-    with contextlib.redirect_stderr(err):
-        try:
-            return "", train_main(rank, folder, arguments, bend), err.getvalue()
-        except Exception as error:
-            return f"{type(error).__name__}: {error}", "", err.getvalue()
-
-
 def start(folder, *arguments, bend=None, ranks=2):
     """The outcome of each rank."""
     own = {argument.partition("=")[0] for argument in arguments}
     common = [setting for setting in SETTINGS if setting.partition("=")[0] not in own]
-    return on_ranks(ranks, outcome_of_main, folder, [*common, *arguments], bend)
+    return whole_runs.start(folder, *common, *arguments, bend=bend, ranks=ranks)
 
 
 @pytest.fixture(scope="module")
@@ -322,32 +311,53 @@ def test_a_corrupt_line_of_metrics_is_named_and_nothing_is_touched(tmp_path, str
     assert {each: each.read_bytes() for each in run.rglob("*") if each.is_file()} == before
 
 
-def fill_the_disk_of_the_metrics_at_step_4(patch, rank):
-    from torchtitan_bio import metrics
+ON_A_SMALL_DISK = """
+import os, sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+from whole_runs import before_step, train_main
 
-    def fill():
-        (log,) = logs
-        log._lines.close()
-        log._lines = open("/dev/full", "w", encoding="utf-8")
+disk = Path(sys.argv[1])
 
-    logs, make = [], metrics.MetricsFile.__init__
+def fill():
+    with open(disk / "ballast", "wb", buffering=0) as file:
+        for size in (2**20, 2**12):
+            try:
+                while file.write(bytes(size)) == size:
+                    pass
+            except OSError:
+                pass
 
-    def make_and_keep(self, *settings, **names):
-        make(self, *settings, **names)
-        logs.append(self)
+def bend(patch, rank):
+    before_step(patch, 3, fill)
+    before_step(patch, 18, (disk / "ballast").unlink)
 
-    patch.setattr(metrics.MetricsFile, "__init__", make_and_keep)
-    before_step(patch, 4, fill)
+print(train_main(0, disk / "run", sys.argv[2:], bend))
+Path("metrics.jsonl").write_bytes((disk / "run/metrics.jsonl").read_bytes())
+Path("saved").write_text(" ".join(sorted(path.name for path in (disk / "run/checkpoint").iterdir())))
+"""
 
 
-def test_a_full_disk_under_the_metrics_ends_the_run_with_an_error_and_a_resume_loses_nothing(tmp_path):
-    run = tmp_path / "run"
-    start(tmp_path / "straight", ranks=1)
-    ((raised, _, err),) = start(run, bend=fill_the_disk_of_the_metrics_at_step_4, ranks=1)
-    assert "No space left on device" in raised and "rank 0 failed in step 4" in err
-    assert (exit_json(run)["reason"], exit_json(run)["step"]) == ("failed", 4) and saved_steps(run) == [2]
-    ((raised, _, _),) = start(run, ranks=1)
-    assert raised == "" and losses(run) == losses(tmp_path / "straight")
+@pytest.mark.slow
+def test_a_run_goes_on_over_a_disk_that_is_really_full_and_nothing_is_missing_once_there_is_room(tmp_path):
+    """A file system of 16 MB in a namespace of its own, filled before step 3 and freed before step 18."""
+    (tmp_path / "disk").mkdir()
+    script = ON_A_SMALL_DISK.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    settings = ["--training.steps=20", "--checkpoint.interval=2", "--validation.enable=false"]
+    mount = 'mount -t tmpfs -o size=16m tmpfs disk && exec "$@"'
+    unshare = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
+    if subprocess.run([*unshare, "true"], cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a file system of his own")
+    words = [*unshare, sys.executable, "-c", script, "disk", *settings, "--checkpoint.on_save_error=continue"]
+    words += ["--metrics.enable_tensorboard=true"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    start(tmp_path / "straight", *settings, ranks=1)
+    assert losses(tmp_path) == losses(tmp_path / "straight")
+    assert len(re.findall(r"^warning: saving step \d+: .*No space left", done.stdout, re.M)) == 7  # after 4, 6 ... 16
+    assert len(re.findall("^warning: .*metrics.jsonl: No space left .* until there is room", done.stdout, re.M)) == 1
+    assert len(re.findall("metrics.jsonl is whole again", done.stdout)) == 1
+    assert (tmp_path / "saved").read_text() == "step-00000002 step-00000018 step-00000020"
 
 
 # ---- as a user starts it ----

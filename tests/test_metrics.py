@@ -1,8 +1,10 @@
 """What a run writes down is complete, exact, and each step once."""
 
+import contextlib
 import gzip
 import json
 import re
+import resource
 import time
 
 import numpy as np
@@ -86,6 +88,56 @@ def test_a_line_that_is_not_of_metrics_is_named_and_nothing_is_lost(tmp_path):
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 "):
         metrics.MetricsFile(tmp_path, enabled=True, resumed_from=1)
     assert path.read_text() == '{"kind": "train", "step": 1}\n[1]\n' and list(tmp_path.iterdir()) == [path]
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes):
+    """As on a disk that is nearly full, the last write that fits in part does so, and the next one fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_lines_that_a_full_disk_refuses_are_written_in_order_once_there_is_room(tmp_path):
+    told = []
+    file = metrics.MetricsFile(tmp_path, enabled=True, say=told.append)
+    file.write("train", 1, loss=1.0)
+    with files_of_at_most(100):
+        for step in (2, 3, 4):
+            file.write("train", step, loss=1 / step)
+        torn = (tmp_path / "metrics.jsonl").read_text()
+        assert len(torn) == 100 and not torn.endswith("\n")
+        assert [line["step"] for line in metrics.read(tmp_path)] == [1, 2]
+    assert len(told) == 1 and "File too large; its lines are kept in memory until there is room" in told[0]
+    file.write("train", 5, loss=0.2)
+    assert told[1:] == [f"{tmp_path / 'metrics.jsonl'} is whole again"]
+    file.close()
+    assert [(entry["step"], entry["loss"]) for entry in entries(tmp_path)] == [(step, 1 / step) for step in range(1, 6)]
+
+
+def test_lines_for_which_there_is_no_room_to_the_end_are_counted_in_an_error(tmp_path):
+    file = metrics.MetricsFile(tmp_path, enabled=True, say=lambda line: None)
+    with files_of_at_most(0):
+        file.write("train", 1, loss=1.0)
+        file.write("train", 2, loss=0.5)
+        with pytest.raises(OSError, match=r"so the last 2 lines are lost: .*metrics\.jsonl"):
+            file.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard writes in a thread of its own
+def test_a_disk_too_full_for_tensorboard_costs_its_curves_and_not_the_run(tmp_path):
+    pytest.importorskip("tensorboard")
+    told, values = [], {f"score_{number}": 1.0 for number in range(40)}
+    with files_of_at_most(2**16):  # enough for the lines
+        file = metrics.MetricsFile(tmp_path, enabled=True, tensorboard=True, say=told.append)
+        for step in range(60):
+            file.write("train", step, **values)
+        file.close()
+    assert [line["step"] for line in metrics.read(tmp_path)] == list(range(60))
+    assert len(told) == 1 and "in TensorBoard" in told[0] and "metrics.jsonl has all of them" in told[0]
 
 
 def test_other_ranks_write_nothing(tmp_path):

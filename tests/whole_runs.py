@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from ranks import on_ranks
 
 TOML = str(Path(__file__).parents[1] / "train_configs" / "debug.toml")
 
@@ -34,6 +35,21 @@ def train_main(rank, folder, arguments, bend=None) -> str:
             bend(patch, rank)
         train.main(config_loader.load(["--job.config_file", TOML, "--job.dump_folder", str(folder), *arguments]))
     return out.getvalue()
+
+
+def outcome(rank, folder, arguments, bend) -> tuple[str, str, str]:
+    """What a run raised, in words ("" where it ended well); what it printed, to stdout and to stderr."""
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        try:
+            return "", train_main(rank, folder, arguments, bend), err.getvalue()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}", "", err.getvalue()
+
+
+def start(folder, *arguments, bend=None, ranks=1) -> list[tuple[str, str, str]]:
+    """The outcome of each rank of a whole run."""
+    return on_ranks(ranks, outcome, folder, arguments, bend)
 
 
 def before_step(patch, step, task):

@@ -277,7 +277,7 @@ class Checkpoint:
     """async writes to disk while training goes on; the save before is awaited first."""
     on_save_error: Literal["stop", "continue"] = "stop"
     """What a save that fails does to the run, on a full disk for instance. continue: a warning, and the next interval tries
-    again; the last save of a run must succeed in any case, and a disk too full for metrics.jsonl ends a run in any case."""
+    again; the last save of a run must succeed in any case."""
     init_from: str = ""
     """A step folder whose model weights start this run (no optimizer, no data position). Ignored once the run has checkpoints
     of its own."""

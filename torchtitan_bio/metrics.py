@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -156,17 +157,53 @@ def _set_aside(path: Path) -> Path:
     return path.rename(path.with_name(f"metrics.before-{number}.jsonl"))
 
 
+class _Lines:
+    """A file to append lines to. What a full disk refuses waits for the next line, and is told once."""
+
+    def __init__(self, path: Path, say: Callable):
+        self._path, self._say, self._is_told = path, say, False
+        self._file, self._waiting = path.open("ab", buffering=0), bytearray()
+
+    def write(self, line: str):
+        self._waiting += line.encode() + b"\n"
+        try:
+            self._write_waiting()
+        except OSError as error:
+            if not self._is_told:
+                self._say(f"warning: {self._path}: {error.strerror}; its lines are kept in memory until there is room")
+            self._is_told = True
+
+    def _write_waiting(self):
+        while self._waiting:
+            num_written = self._file.write(self._waiting)  # of a disk that is nearly full a part
+            del self._waiting[:num_written]
+        if self._is_told:
+            self._say(f"{self._path} is whole again")
+        self._is_told = False
+
+    def close(self):
+        """OSError if there is still no room: then lines are lost."""
+        with self._file:
+            try:
+                self._write_waiting()
+            except OSError as error:  # which does not know what it was to hold
+                lost = self._waiting.count(b"\n")
+                raise OSError(error.errno, f"{error.strerror}, so the last {lost} lines are lost", str(self._path)) from error
+
+
 class MetricsFile:
     """metrics.jsonl in the run folder, one object a line, and TensorBoard's tb/ if asked for. Other ranks than 0 write nothing.
 
     `resumed_from`: the step whose checkpoint this run goes on from, 0 for a fresh start. Lines of steps that run again go, and
-    those of an earlier run in the same folder are set aside.
+    those of an earlier run in the same folder are set aside. A full disk costs a run its curves in TensorBoard, but no line
+    unless it is still full when the run ends.
     """
 
     def __init__(
         self, folder: str | Path, *, enabled: bool, resumed_from: int = 0, tensorboard: bool = False, say: Callable = print
     ):
         self._lines = self._board = None
+        self._say = say
         if not enabled:
             return
         path = Path(folder) / "metrics.jsonl"
@@ -175,7 +212,7 @@ class MetricsFile:
             _supersede(path, resumed_from)
         elif path.exists() and path.stat().st_size:
             say(f"metrics of an earlier run are kept as {_set_aside(path)}")
-        self._lines = path.open("a", encoding="utf-8")
+        self._lines = _Lines(path, say)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -185,20 +222,29 @@ class MetricsFile:
         if self._lines is None:
             return
         entry = _plain(values)
-        try:
-            self._lines.write(json.dumps({"kind": kind, "step": step, **entry}, allow_nan=False) + "\n")
-            self._lines.flush()
-        except OSError as error:  # of a full disk, which does not know what it was to hold
-            raise OSError(error.errno, error.strerror, self._lines.name) from error
+        self._lines.write(json.dumps({"kind": kind, "step": step, **entry}, allow_nan=False))
         if self._board is not None:
-            for path, number in _numbers(entry, kind):
-                self._board.add_scalar(path, number, step)
+            try:
+                for path, number in _numbers(entry, kind):
+                    self._board.add_scalar(path, number, step)
+            except OSError as error:
+                self._drop_the_board(step, error)
+
+    def _drop_the_board(self, step: int, error: OSError):
+        self._say(f"warning: the curves in TensorBoard end before step {step} ({error}); metrics.jsonl has all of them")
+        board, self._board = self._board, None
+        with suppress(OSError):
+            board.close()
 
     def close(self):
-        for out in (self._lines, self._board):
-            if out is not None:
-                out.close()
-        self._lines = self._board = None
+        if self._board is not None:
+            try:
+                self._board.close()
+            except OSError as error:
+                self._say(f"warning: the last curves in TensorBoard are missing ({error}); metrics.jsonl has all of them")
+        lines, self._lines, self._board = self._lines, None, None
+        if lines is not None:
+            lines.close()
 
 
 class Metrics:
@@ -328,9 +374,9 @@ class Metrics:
 
 
 def read(folder: str | Path) -> list[dict]:
-    """All lines of a run folder's metrics.jsonl."""
+    """All lines of a run folder's metrics.jsonl, but for a last one that is still being written."""
     with (Path(folder) / "metrics.jsonl").open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def readable(validation: dict) -> str:
