@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from torchtitan_bio.config import ConfigError
-from torchtitan_bio.data import spikes
-from torchtitan_bio.science import baselines
+from torchtitan_bio.data import loader, spikes
+from torchtitan_bio.science import baselines, evaluation
+from torchtitan_bio.science.scores import SUMS
+from torchtitan_bio.science.units import by_session
 
 
 class Rows:
@@ -26,6 +28,7 @@ class Rows:
             session_id=sessions or same,
             t=[recording.shape[1] for recording in recordings],
         )
+        self.session = np.unique(sessions or same, return_inverse=True)[1]
 
     def counts(self, row):
         return self.recordings[row]
@@ -67,7 +70,7 @@ def test_the_embedded_recording_gives_the_known_figure_within_0_01_bits(embedded
     assert embedded_ladder[name] == pytest.approx(bits_per_spike, abs=0.01)
 
 
-def test_the_oracle_null_pools_a_sessions_recordings_before_it_takes_means():
+def test_a_plain_account_of_the_null_scores_0_for_it_pools_a_sessions_recordings_before_it_takes_means():
     a, b = draw(0, 3, 40), draw(1, 3, 25, mean=2.0)
     b[2] = a[2] = 0  # a silent neuron costs nothing
     whole = np.concatenate([a, b], axis=1)
@@ -75,7 +78,52 @@ def test_the_oracle_null_pools_a_sessions_recordings_before_it_takes_means():
     for neuron in whole[:2].tolist():
         mean = sum(neuron) / len(neuron)
         nats += [mean - y * log(mean) + lgamma(y + 1) for y in neuron]
-    np.testing.assert_allclose(baselines.poisson_null(one_session(a, b)), nats, rtol=1e-12)
+    rows = Rows(a, b)
+    found = baselines.Scored(rows, {"plain": {0: nats[:40], 1: nats[40:]}}).on(by_session(rows))
+    plain, null = (found[name].scores(with_errors=False) for name in ("plain", baselines.NULL))
+    assert plain["bits_per_spike"] == pytest.approx(0, abs=1e-12) and plain["nll"] == pytest.approx(nats.sum() / 195, rel=1e-12)
+    assert null["bits_per_spike"] == 0 and null["nll"] == null["null_nll"] == plain["null_nll"]
+
+
+def test_a_baseline_that_is_given_as_logits_scores_what_its_costs_score_and_has_their_standard_errors():
+    """The per-neuron histogram written as logits is a model that is ahead of that baseline by 0 in every recording."""
+    source = "ring-hmm:n=3,K=8,bins=50,rows=20,test_rows=3"
+    train = spikes.build(source=source, seq_len=26)
+    held_out = spikes.build(source=source, split="test", mode="aligned", overlap=True, seq_len=26)
+    counts = np.concatenate([train.counts(row) for row in range(20)], axis=1).astype(np.int64)
+    times = np.stack([np.bincount(of_neuron, minlength=255) for of_neuron in counts]).astype(np.float64)
+    distinct = (times > 0).sum(axis=1, keepdims=True)
+    q = (times + distinct / 255) / (counts.shape[1] + distinct)  # Witten and Bell's, backed off to the uniform
+    of_width = torch.randn(4, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    of_width[1:, :255] = torch.from_numpy(np.log(q))
+    logits = of_width[(torch.arange(26) + 1) % 4]  # position p answers for token p + 1
+    scored = baselines.score(train, held_out, quiet)
+    for numbers in (None, [1, 2, 5, 20, 30, 33, 40]):
+        scorer = evaluation.Scorer(held_out, "recording")
+        for batch in loader.finite(held_out, local_batch_size=7, rank=0, world_size=1, subset=numbers):
+            scorer.add(logits.expand(7, 26, 256), batch)
+        measured = scorer.result(lambda array: array)
+        of_costs = scored.on(measured.cells.units, evaluation.scored_bins(held_out, numbers))["per-neuron histogram"]
+        for ours, theirs in zip(parts(measured.cells), parts(of_costs), strict=True):
+            assert [ours[name] for name in OF_COUNTS] == pytest.approx([theirs[name] for name in OF_COUNTS], rel=1e-9, abs=1e-9)
+            assert all(ours[name] is not None and theirs.get(name) is None for name in OF_TOKENS)
+        ladders = evaluation.against_baselines(held_out, numbers, measured, scored)
+        assert len(ladders) == 4
+        for ladder in ladders.values():
+            rung = {rung.pop("name"): rung for rung in ladder["rungs"]}["per-neuron histogram"]
+            lead = {"model_ahead": 0, "model_ahead_standard_error": 0}
+            assert rung == pytest.approx(ladder["model"] | lead, rel=1e-9, abs=1e-9) and rung["standard_error"] > 1e-3
+
+
+OF_COUNTS = ("nll", "bits_per_count", "bits_per_spike", "bits_per_spike_hist", "null_nll", "hist_nll")
+OF_TOKENS = ("nll_all", "nll_bos", "leak", "bits_per_spike_rate")  # which a baseline does not have
+
+
+def parts(cells):
+    """Scores of all, of the mean and of each group, then the standard errors of each."""
+    scores = cells.scores(with_errors=True)
+    found = [scores, scores["macro"], *scores["sources"].values()]
+    return [*found, *(part["standard_errors"] for part in found)]
 
 
 def witten_bell(seen, neuron, history, y):
@@ -169,18 +217,41 @@ def test_what_bins_cost_goes_to_the_recordings_that_they_are_of():
     test = Rows(draw(2, 3, 50), draw(3, 2, 20), draw(4, 3, 30, mean=2.0), sessions=["x", "y", "x"])
     scored = baselines.score(train, test, quiet)
     for row, counts in enumerate(test.recordings):
-        assert (scored.spikes[row] == counts.sum(axis=0)).all()
         assert all(by_row[row].shape == (counts.shape[1],) for by_row in scored.nats.values())
-    both = baselines.poisson_null(one_session(test.recordings[0], test.recordings[2]))
-    np.testing.assert_array_equal(np.concatenate([scored.nats[baselines.NULL][row] for row in (0, 2)]), both)
+    both = baselines.own_history(one_session(train.recordings[0]), one_session(*test.recordings[::2]), quiet)[0]
+    np.testing.assert_array_equal(np.concatenate([scored.nats["per-neuron histogram"][row] for row in (0, 2)]), both)
+    for cells in scored.on(by_session(test)).values():
+        assert cells.sums[:, SUMS.index("counts")].tolist() == [3 * 80, 2 * 20]
+        assert cells.nulls[:, 0].tolist() == [sum(test.recordings[row].sum() for row in (0, 2)), test.recordings[1].sum()]
 
 
-def test_the_command_prints_the_ladder_of_a_data_set(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["baselines", "--data", "ring-hmm:n=3,K=8,bins=20,rows=30,test_rows=10"])
+def test_the_command_prints_the_ladder_of_a_data_set_and_names_what_it_leaves_out(capsys, monkeypatch, tmp_path):
+    bad = draw(4, 3, 9).astype(np.int64)
+    bad[1, 2] = -1
+    for name, counts, session in (
+        ("train/a", draw(0, 3, 200), "one"),
+        ("train/bad", bad, "one"),
+        ("test/b", draw(1, 3, 50), "one"),
+        ("test/c", draw(2, 3, 50), "two"),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.savez(tmp_path / f"{name}.npz", spike_counts=counts, source_dataset="x", subject_id="s", session_id=session)
+    words = ["baselines", "--data", str(tmp_path), "--max-malformed-rows"]
+    monkeypatch.setattr("sys.argv", [*words, "0"])
+    with pytest.raises(ConfigError, match="data.max_malformed_rows=1"):
+        baselines.main()
+    monkeypatch.setattr("sys.argv", [*words, "1"])
     baselines.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "held-out bits/spike" and len(lines) == 8
-    assert any(line.endswith("0.000") and "Poisson null (oracle)" in line for line in lines)
+    first, _, title, *rungs, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("bad is malformed and left out: ") and "negative" in first
+    # A bin of these recordings is wider than the windows that the command reads through: whole recordings have none.
+    assert title == "held-out bits/spike" and len(rungs) == 6
+    assert any(line.endswith("0.000") and "Poisson null (oracle)" in line for line in rungs)
+    assert last.startswith("no training data of their session: 1 of 2 held-out recordings (c);")
+    monkeypatch.setattr("sys.argv", [*words, "-1"])
+    with pytest.raises(SystemExit, match="2"):
+        baselines.main()
+    assert "--max-malformed-rows=-1 must be 0 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["nowhere"], ["ring-hmm:n=3,colour=1"], ["ring-hmm:n=3", "--split-by", "time"]])
@@ -194,7 +265,8 @@ def test_a_neuron_silent_in_training_costs_a_finite_score():
     train, test = draw(0, 3, 200), draw(1, 3, 50)
     train[1] = 0
     scores = dict(baselines.ladder(Rows(train), Rows(test), quiet))
-    assert all(np.isfinite(list(scores.values())))
+    assert len(scores) == 6 and all(np.isfinite(list(scores.values())))
+    assert baselines.ladder(Rows(train), Rows(0 * test), quiet) == []  # no spike, and nothing is so many bits a spike
 
 
 def test_recordings_of_sessions_without_training_data_are_left_out_and_named():

@@ -149,6 +149,8 @@ def test_the_baselines_are_those_of_the_ladder_and_the_models_lead_over_each_is_
     train_data, held_out = (spikes.build(source=SOURCE, split=split, seq_len=SEQ_LEN) for split in ("train", "test"))
     expected, ladder = dict(baselines.ladder(train_data, held_out)), whole["baselines"]["all"]
     assert {rung["name"]: rung["bits_per_spike"] for rung in ladder["rungs"]} == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    null = ladder["rungs"][0]
+    assert (null["name"], null["bits_per_spike"], null["standard_error"]) == (baselines.NULL, 0, 0)
     assert ladder["model"]["bits_per_spike"] == pytest.approx(whole["checkpoints"][0]["scores"]["bits_per_spike"], rel=1e-9)
     for rung in ladder["rungs"]:
         assert rung["model_ahead"] == pytest.approx(ladder["model"]["bits_per_spike"] - rung["bits_per_spike"], rel=1e-9)

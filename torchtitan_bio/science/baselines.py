@@ -2,29 +2,30 @@
 
 python -m torchtitan_bio.science.baselines --data SOURCE      on a data set alone
 
-Each is fitted to the training counts of a session (one source, subject and session) and scored on the held-out counts of the
-same session, in bits/spike over the oracle Poisson null: the score that science/scores.py gives a model. Every held-out count
-is scored once, and nothing precedes a recording's first bin. Nothing is carried over to other neurons, so a session without
-training data, or with some of its neurons alone, is left out. ladder.py keeps and shows what is fitted here.
+Each is fitted to the training counts of a session (one source, subject and session), and says what the held-out counts of the
+same session cost. What they cost becomes scores where a model's logits do, in science/scores.py. Every held-out count is scored
+once, and nothing precedes a recording's first bin. Nothing is carried over to other neurons, so a session without training
+data, or with some of its neurons alone, is left out. ladder.py keeps and shows what is fitted here.
 """
 
 import argparse
 import sys
 import time
 from dataclasses import dataclass
-from math import lgamma, log
+from itertools import groupby
+from math import log
 
 import numpy as np
 import torch
+
+from torchtitan_bio.science.scores import LN_FACTORIAL, NUM_COUNTS, SEPARATOR, CellSums, SpikeScores
+from torchtitan_bio.science.units import Units, by_session
 
 # Why a held-out recording is left out
 NOT_SEEN = "no training data of their session"
 OTHER_WIDTH = "another number of neurons than their session has in training (data.num_neurons)"
 
-LARGEST_COUNT = 254
-SEPARATOR = 255
 NUM_LAGS = 3  # bins of history
-LN_FACTORIAL = np.array([lgamma(count + 1) for count in range(LARGEST_COUNT + 1)])
 MAX_TRAIN_COUNTS = 2**23  # of a session; the fits hold some 40 bytes a count
 BLOCK_COUNTS = 2**21  # that the n-grams sort at once
 RIDGE = 1.0  # a prior of standard deviation 1 on each weight of a GLM; 1 to 50 change the embedded recording's score by 0.0003
@@ -33,32 +34,52 @@ NULL = "Poisson null (oracle)"
 
 @dataclass(frozen=True)
 class Scored:
-    """Of the held-out recordings that baselines could be fitted for, by row."""
+    """What held-out counts cost under each baseline, in the recordings that it could be fitted for."""
 
+    held_out: object
     nats: dict[str, dict[int, np.ndarray]]
     """Of each baseline and row, what the counts of each bin cost, the neurons together."""
-    spikes: dict[int, np.ndarray]
-    """Of each row, in each bin."""
 
-    def bits_per_spike(self) -> list[tuple[str, float]]:
-        """(name, bits/spike over the oracle null) of each baseline, all recordings together."""
-        totals = {name: sum(nats.sum() for nats in by_row.values()) for name, by_row in self.nats.items()}
-        spikes = sum(int(spikes.sum()) for spikes in self.spikes.values())
-        return [(name, float((totals[NULL] - total) / (spikes * log(2))) if spikes else 0.0) for name, total in totals.items()]
+    def on(self, units: Units, stretches: list | None = None) -> dict[str, CellSums]:
+        """What scores are made of, of each baseline and of the Poisson null; nothing where there is no baseline.
+
+        stretches: (origin, first bin, end bin) of what is scored, row after row, as a model's windows do; those of other
+        recordings are passed over. None: whole recordings.
+        """
+        found = {}
+        for name, of_row in self.nats.items():
+            whole = [((row, 0), 0, len(nats)) for row, nats in of_row.items()]
+            scores = SpikeScores(self.held_out, units)  # one at a time: their histograms take most of the memory
+            for row, of_recording in groupby(whole if stretches is None else stretches, key=lambda each: each[0][0]):
+                if row in of_row:
+                    self._add(scores, row, of_recording, of_row[row])
+            found[name] = scores.summed()
+        return {NULL: next(iter(found.values())).of_null(), **found} if found else {}
+
+    def _add(self, scores, row, stretches, nats):
+        counts = self.held_out.counts(row)
+        for origin, first, end in stretches:
+            neuron = np.repeat(np.arange(len(counts)), end - first)
+            scores.add_counts(origin, neuron, counts[:, first:end].ravel(), nll=nats[first:end].sum())
 
 
 def ladder(train, test, say=print) -> list[tuple[str, float]]:
-    """(name, held-out bits/spike) of each baseline, pooled over the sessions that both datasets hold."""
-    return score(train, test, say).bits_per_spike()
+    """(name, held-out bits/spike) of each baseline and of the null, pooled over the sessions that both datasets hold.
+
+    None of those, or no spike in them: an empty list.
+    """
+    found = score(train, test, say).on(by_session(test))
+    values = [(name, cells.scores(with_errors=False)["bits_per_spike"]) for name, cells in found.items()]
+    return [(name, value) for name, value in values if value is not None]
 
 
 def score(train, test, say=print) -> Scored:
-    """Fit every baseline and score it. `say` gets a line every ten seconds of a long fit."""
+    """Fit every baseline and see what held-out counts cost under it. `say` gets a line every ten seconds of a long fit."""
     sessions, _ = match(train, test)
     tokens = TokenTrigram() if sessions else None
     for train_rows, _ in sessions:
         tokens.add(gather(train, train_rows, MAX_TRAIN_COUNTS))
-    scored = Scored({}, {})
+    scored = Scored(test, {})
     for number, (train_rows, test_rows) in enumerate(sessions):
         tell = every_ten_seconds(say, f"baselines: session {number + 1} of {len(sessions)}, {{}}")
         seen, held_out = gather(train, train_rows, MAX_TRAIN_COUNTS), gather(test, test_rows)
@@ -66,7 +87,6 @@ def score(train, test, say=print) -> Scored:
         histogram, *_, ngram = own_history(seen, held_out, tell)
         nats = {
             "pooled token 3-gram (the predecessor's)": tokens.nats(held_out),
-            NULL: poisson_null(held_out),
             "per-neuron histogram": histogram,
             "Poisson GLM (past)": poisson_glm(seen, held_out, tell, same_bin=False),
             "Poisson GLM (past + same bin)": poisson_glm(seen, held_out, tell, same_bin=True),
@@ -74,8 +94,6 @@ def score(train, test, say=print) -> Scored:
         }
         for name, values in nats.items():
             scored.nats.setdefault(name, {}).update(zip(test_rows, np.split(values, ends), strict=True))
-        spikes = held_out.counts[:, held_out.inside].sum(axis=0, dtype=np.int64)
-        scored.spikes.update(zip(test_rows, np.split(spikes, ends), strict=True))
     return scored
 
 
@@ -138,16 +156,8 @@ def gather(dataset, rows, max_counts=None) -> Session:
     return Session(np.concatenate(parts[::-1], axis=1), np.concatenate(inside[::-1]))
 
 
-def poisson_null(session) -> np.ndarray:
-    """Nats of each bin under Poisson with each neuron's own held-out mean. A bin here and below is one inside a recording."""
-    counts = session.counts[:, session.inside]
-    spikes = counts.sum(axis=1, dtype=np.int64)
-    mean = spikes / counts.shape[1]
-    return mean.sum() - np.log(np.where(spikes, mean, 1.0)) @ counts + ln_factorials(counts)
-
-
 def ln_factorials(counts) -> np.ndarray:
-    """The sum of ln y! over the neurons of each bin."""
+    """The sum of ln y! over the neurons of each bin. A bin here and below is one inside a recording."""
     return LN_FACTORIAL[counts].sum(axis=0)
 
 
@@ -165,12 +175,12 @@ def own_history(seen, held_out, tell) -> np.ndarray:
         for order in range(NUM_LAGS + 1):
             context, count = _histories(seen, first, first + block, order)
             test_context, test_count = _histories(held_out, first, first + block, order)
-            q = np.full(len(test_count), 1 / (LARGEST_COUNT + 1)) if q is None else q
+            q = np.full(len(test_count), 1 / NUM_COUNTS) if q is None else q
             contexts, times = np.unique(context, return_counts=True)
-            pairs, pair_times = np.unique(context * (LARGEST_COUNT + 1) + count, return_counts=True)
-            distinct = np.bincount(np.searchsorted(contexts, pairs // (LARGEST_COUNT + 1)), minlength=len(contexts))
+            pairs, pair_times = np.unique(context * NUM_COUNTS + count, return_counts=True)
+            distinct = np.bincount(np.searchsorted(contexts, pairs // NUM_COUNTS), minlength=len(contexts))
             place, known = _find(contexts, test_context)
-            pair, seen_before = _find(pairs, test_context * (LARGEST_COUNT + 1) + test_count)
+            pair, seen_before = _find(pairs, test_context * NUM_COUNTS + test_count)
             hits = np.where(seen_before, pair_times[pair], 0)
             q = np.where(known, (hits + distinct[place] * q) / (times[place] + distinct[place]), q)
             nats[order] -= np.log(q).reshape(-1, nats.shape[1]).sum(axis=0)
@@ -183,7 +193,7 @@ def _histories(session, first, end, order):
     counts = session.counts[first:end]
     context = np.broadcast_to(np.arange(len(counts), dtype=np.int64)[:, None], (len(counts), len(bins)))
     for lag in range(1, order + 1):
-        context = context * (LARGEST_COUNT + 1) + counts[:, bins - lag]
+        context = context * NUM_COUNTS + counts[:, bins - lag]
     return context.ravel(), counts[:, bins].ravel().astype(np.int64)
 
 
@@ -226,7 +236,7 @@ def poisson_glm(seen, held_out, tell, *, same_bin) -> np.ndarray:
     lags = range(0 if same_bin else 1, NUM_LAGS + 1)
     past, future = Regressors(seen, lags), Regressors(held_out, lags)
     weights = fit_poisson(past, tell)
-    log_rate = future.times(weights).clamp(max=log(LARGEST_COUNT))
+    log_rate = future.times(weights).clamp(max=log(NUM_COUNTS - 1))
     nats = (log_rate.exp() - future.counts * log_rate).sum(dim=1)[future.inside[:, 0] > 0].numpy()
     return nats + ln_factorials(held_out.counts[:, held_out.inside])
 
@@ -319,21 +329,36 @@ def main():
     parser.add_argument("--data", required=True, help="as data.source in a config")
     parser.add_argument("--split", default="test", help="the held-out split (default: test)")
     parser.add_argument("--split-by", default="given", help="as data.split_by in a config (default: given)")
+    parser.add_argument(
+        "--max-malformed-rows", type=int, default=0, help="of a split, as data.max_malformed_rows in a config (default: 0)"
+    )
     options = parser.parse_args()
+    if options.max_malformed_rows < 0:
+        parser.error(f"--max-malformed-rows={options.max_malformed_rows} must be 0 or more")
 
     from torchtitan_bio import exits
     from torchtitan_bio.data import spikes
-    from torchtitan_bio.science import ladder
+    from torchtitan_bio.science.ladder import fit, table, unmatched
 
     with exits.blaming_the_input():
         train, held_out = (
-            spikes.build(source=options.data, split=split, split_by=options.split_by, seq_len=512)
+            spikes.build(
+                source=options.data,
+                split=split,
+                split_by=options.split_by,
+                max_malformed_rows=options.max_malformed_rows,
+                seq_len=1,  # any: recordings are read whole here, and a stream's windows cut even the widest
+            )
             for split in ("train", options.split)
         )
-    found = ladder.Ladder(
-        [list(rung) for rung in score(train, held_out).bits_per_spike()], match(train, held_out)[1], len(held_out.index)
-    )
-    print(*ladder.table(found), *ladder.unmatched(found), sep="\n")
+    for path, reason in held_out.skipped:
+        print(f"{path} is not read: {reason}")
+    for name, reason in dict.fromkeys([*train.malformed, *held_out.malformed]):  # split_by pools what both are made of
+        print(f"{name} is malformed and left out: {reason}")
+    found = fit(train, held_out, print)
+    print(*table(found), *unmatched(found), sep="\n")
+    if not found.rungs:
+        print("no baseline: no held-out recording with a spike is of a session that has training data")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ recordings (units.py). The oracle null is taken as given.
 from dataclasses import dataclass
 from math import log
 
-import numpy as np
-
 from torchtitan_bio.science import baselines, ring_hmm_floor, units
 from torchtitan_bio.science.curves import Curves
-from torchtitan_bio.science.scores import SUMS, CellSums, SpikeScores
+from torchtitan_bio.science.scores import CellSums, SpikeScores
 
 GROUPS_SHOWN = 40
+UNIT = "bits_per_spike"
 
 
 class Scorer:
@@ -75,43 +74,38 @@ def against_baselines(dataset, numbers, measured: Measured, scored: baselines.Sc
 
     numbers: the windows that were scored. {"all": ladder, and the name of each group where there are several: its own}.
     """
-    cells, num_cells = measured.cells, len(measured.cells.units.group)
-    nats = {name: np.zeros(num_cells) for name in scored.nats if name != baselines.NULL}
-    up_to = {name: {row: np.append(0, np.cumsum(each)) for row, each in scored.nats[name].items()} for name in nats}
+    found = scored.on(measured.cells.units, scored_bins(dataset, numbers))
+    own = {name: bits_per_spike(cells) for name, cells in found.items()}
+    ahead = {name: bits_per_spike(measured.cells.over(cells)) for name, cells in found.items()}
+    return {
+        group: {"model": model, "rungs": [_rung(name, own[name][group], ahead[name][group]) for name in found]}
+        for group, model in ahead.get(baselines.NULL, {}).items()  # ahead of the null is what the model has itself
+        if model[UNIT] is not None
+    }
+
+
+def _rung(name, own, ahead):
+    return {"name": name, **own, "model_ahead": ahead[UNIT], "model_ahead_standard_error": ahead["standard_error"]}
+
+
+def scored_bins(dataset, numbers) -> list[tuple]:
+    """(origin, first, end) of each window (or of the windows `numbers`): the bins of its recording that it scores."""
+    found = []
     for i in range(len(dataset)) if numbers is None else numbers:
         window = dataset.windows.window(i)
         row, begin = window.origin
-        if row in scored.spikes:
-            first, end = (begin + position // dataset.width(row) for position in window.labels)
-            for name, of_cell in nats.items():
-                of_cell[cells.units.cell(window.origin)] += up_to[name][row][end] - up_to[name][row][first]
-    is_compared = np.isin(cells.units.row, list(scored.spikes)) & (cells.sums[:, SUMS.index("counts")] > 0)
-    result = {"all": _ladder(cells, np.flatnonzero(is_compared), nats)}
-    if len(cells.units.groups) > 1:
-        for number, name in enumerate(cells.units.groups):
-            result[name] = _ladder(cells, np.flatnonzero(is_compared & (cells.units.group == number)), nats)
-    return {name: ladder for name, ladder in result.items() if ladder}
+        first, end = (begin + position // dataset.width(row) for position in window.labels)
+        found.append((window.origin, first, end))
+    return found
 
 
-def _ladder(cells: CellSums, chosen, nats) -> dict | None:
-    spikes, null = cells.nulls[chosen, 0] * log(2), cells.nulls[chosen, 1]
-    if not spikes.sum():
-        return None
-    model = cells.sums[chosen, SUMS.index("nll")]
-    _, clusters = cells.units.clusters(chosen)
-
-    def ratio(above):
-        return float(above.sum() / spikes.sum()), units.standard_error(above, spikes, clusters)
-
-    rungs = [{"name": baselines.NULL, "bits_per_spike": 0.0, "standard_error": None}]
-    for name, of_cell in nats.items():
-        value, error = ratio(null - of_cell[chosen])
-        rungs.append({"name": name, "bits_per_spike": value, "standard_error": error})
-    for rung in rungs:
-        ahead, error = ratio((nats[rung["name"]][chosen] if rung["name"] in nats else null) - model)
-        rung |= {"model_ahead": ahead, "model_ahead_standard_error": error}
-    value, error = ratio(null - model)
-    return {"model": {"bits_per_spike": value, "standard_error": error}, "rungs": rungs}
+def bits_per_spike(cells: CellSums) -> dict:
+    """Bits/spike with the standard error, of "all" and of each group where there are several."""
+    scores = cells.scores(with_errors=True)
+    return {
+        name: {UNIT: each[UNIT], "standard_error": each["standard_errors"][UNIT]}
+        for name, each in {"all": scores, **scores.get("sources", {})}.items()
+    }
 
 
 # ---- the console

@@ -89,15 +89,20 @@ def kept_or_fitted(path: Path, train_data, held_out, say) -> Ladder:
     else:
         say("baselines: fitting them to the training data")
     started = time.monotonic()
-    _, left_out = baselines.match(train_data, held_out)
-    num_recordings = len(held_out.index.id) - len(held_out.not_scored)
-    ladder = Ladder([list(rung) for rung in baselines.ladder(train_data, held_out, say)], left_out, num_recordings)
+    ladder = fit(train_data, held_out, say)
     say(f"baselines: fitted in {time.monotonic() - started:.0f} s")
     try:
         write(path, {"version": VERSION, **data, **asdict(ladder)})
     except OSError as error:  # the figures are there: a full disk must not take them away at the end of a run
         say(f"baselines: {path} could not be written, so they will be fitted again the next time: {error}")
     return ladder
+
+
+def fit(train_data, held_out, say) -> Ladder:
+    """The baselines of this data, scored on whole recordings."""
+    _, left_out = baselines.match(train_data, held_out)
+    num_recordings = len(held_out.index.id) - len(held_out.not_scored)
+    return Ladder([list(rung) for rung in baselines.ladder(train_data, held_out, say)], left_out, num_recordings)
 
 
 def read(path: Path, data: dict) -> Ladder:

@@ -6,7 +6,7 @@ mean (the null of the Neural Latents Benchmark, oracle included) and its histogr
 the earlier neurons of the same bin: the sum over a bin is its joint likelihood, and a single term is no forecast.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lgamma, log
 
 import numpy as np
@@ -53,8 +53,7 @@ class SpikeScores:
             begin = end
 
     def _add_window(self, origin, positions, labels, terms):
-        cell, n = self.units.cell(origin), self.dataset.width(origin[0]) - 1
-        neuron = (positions + 1) % (n + 1) - 1  # the label at p is token p + 1, and token 0 a separator
+        neuron = (positions + 1) % self.dataset.width(origin[0]) - 1  # the label at p is token p + 1, and token 0 a separator
         is_count = neuron >= 0
         if (is_count == (labels == SEPARATOR)).any():
             raise ValueError(
@@ -67,13 +66,29 @@ class SpikeScores:
         nll, leak = terms["nll"][is_count], terms["leak"][is_count]
         nll_bos = terms["nll_bos"][~is_count].sum()
         rate = (terms["mean"][is_count] - counts * np.log(terms["mean"][is_count])).sum()
-        self.sums[cell] += (
-            *(len(labels), nll.sum() + leak.sum() + nll_bos, len(labels) - len(counts), nll_bos),
-            *(len(counts), nll.sum(), leak.sum(), rate, 1),
+        self.add_counts(
+            origin,
+            neuron,
+            counts,
+            nll=nll.sum(),
+            leak=leak.sum(),
+            rate=rate,
+            tokens=len(labels),
+            nll_all=nll.sum() + leak.sum() + nll_bos,
+            separators=len(labels) - len(counts),
+            nll_bos=nll_bos,
         )
-        self._add_histogram(cell, n, neuron, counts)
+
+    def add_counts(self, origin, neuron, counts, *, nll: float, **others: float):
+        """Score the counts of one window, or of a whole recording, that cost `nll` nats together; `neuron` is whose each is.
+
+        others: what a model has beside, by its name in SUMS. A baseline has no tokens, and scores of tokens or rates are None.
+        """
+        cell, added = self.units.cell(origin), {"counts": len(counts), "nll": nll, "windows": 1} | others
+        self.sums[cell, [SUMS.index(name) for name in added]] += list(added.values())
+        self._add_histogram(cell, self.dataset.width(origin[0]) - 1, neuron, counts)
         if self.window_nll is not None:
-            self.window_nll.append((tuple(origin), float(nll.sum()), len(counts)))
+            self.window_nll.append((tuple(origin), float(nll), len(counts)))
 
     def _add_histogram(self, cell, n, neuron, counts):
         known = self.histograms.get(cell)
@@ -163,6 +178,23 @@ class CellSums:
     nulls: np.ndarray
     """(cells, 4), by null_sums."""
 
+    def of_null(self) -> "CellSums":
+        """The Poisson null in the place of what was scored here."""
+        sums = np.where(np.isin(SUMS, ("counts", "windows")), self.sums, 0.0)
+        sums[:, SUMS.index("nll")] = self.nulls[:, 1]
+        return replace(self, sums=sums)
+
+    def over(self, other: "CellSums") -> "CellSums":
+        """These with `other` in the place of the Poisson null, in the cells that it has: bits/spike then say how far these are
+        ahead of it, with the standard error of that difference."""
+        counts = SUMS.index("counts")
+        is_shared = other.sums[:, counts] > 0
+        for mine, its in ((self.sums[:, counts], other.sums[:, counts]), (self.nulls[:, 0], other.nulls[:, 0])):
+            assert np.array_equal(mine[is_shared], its[is_shared]), "scored on other counts"
+        nulls = self.nulls.copy()
+        nulls[:, 1] = other.sums[:, SUMS.index("nll")]
+        return replace(self, sums=self.sums * is_shared[:, None], nulls=nulls)
+
     def scores(self, with_errors: bool) -> dict:
         """Those of all cells, and where there are several groups also "macro" and "sources"."""
         units = self.units
@@ -192,15 +224,16 @@ def ratios(sums, nulls) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """(numerators, denominators) of each score, an entry a cell."""
     total = dict(zip(SUMS, sums.T, strict=True))
     spikes, poisson, histogram, ln_factorials = nulls.T
+    is_model = total["tokens"] > 0
     return {
         "nll": (total["nll"], total["counts"]),
         "nll_all": (total["nll_all"], total["tokens"]),
         "nll_bos": (total["nll_bos"], total["separators"]),
-        "leak": (total["leak"], total["counts"]),
+        "leak": (total["leak"], is_model * total["counts"]),
         "bits_per_count": (total["nll"] / log(2), total["counts"]),
         "bits_per_spike": (poisson - total["nll"], spikes * log(2)),
         "bits_per_spike_hist": (histogram - total["nll"], spikes * log(2)),
-        "bits_per_spike_rate": (poisson - total["rate"] - ln_factorials, spikes * log(2)),
+        "bits_per_spike_rate": (is_model * (poisson - total["rate"] - ln_factorials), is_model * spikes * log(2)),
         "null_nll": (poisson, total["counts"]),
         "hist_nll": (histogram, total["counts"]),
     }
