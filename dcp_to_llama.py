@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import torchtitan_bio
-from torchtitan_bio import bridge, checkpoint, config_loader, convert, distributed, hub, models, weight_files
+from torchtitan_bio import bridge, checkpoint, command_line, config_loader, convert, distributed, hub, models, weight_files
 from torchtitan_bio.science import agreement, card
 
 MANIFEST, CARD = "manifest.json", "README.md"
@@ -48,7 +48,7 @@ class Export:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="A checkpoint -> Hugging Face or Meta Llama.", allow_abbrev=False)
+    parser = command_line.Parser(description="A checkpoint -> Hugging Face or Meta Llama.")
     add = parser.add_argument
     add("--input_dir", type=Path, required=True, help="a step folder, RUN/checkpoint/step-00050000")
     add("--output_dir", type=Path, required=True, help="the folder to make")

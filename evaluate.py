@@ -8,22 +8,21 @@ python evaluate.py --checkpoint outputs/quickstart --rollouts 32       # and how
 Leaves evaluation.json and pictures. Exit status: 0 done, 2 something is to be mended in what was asked, 1 any other failure.
 """
 
-import argparse
 import sys
+from argparse import RawDescriptionHelpFormatter
 
-from torchtitan_bio import config_loader
+from torchtitan_bio import command_line, config_loader
 from torchtitan_bio.science.units import GROUPINGS
 
 
 def read_own_flags(argv: list[str]):
     """(the flags of this script, the rest, which is configuration)."""
-    parser = argparse.ArgumentParser(
+    parser = command_line.Parser(
         prog="evaluate.py",
         description=__doc__,
         epilog="All other arguments are configuration, --section.key VALUE: python train.py --help explains each. Without "
         "--job.config_file it is the run's own, but for [parallelism], which is of the processes that evaluate.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, help="a run folder, a step folder, or a folder of Hugging Face's")
     parser.add_argument("--all-checkpoints", action="store_true", help="of a run folder: every one, as a learning curve")
@@ -66,7 +65,7 @@ from pathlib import Path
 
 import preflight
 import train
-from torchtitan_bio import attention, context_parallel, data, distributed, exits, models
+from torchtitan_bio import assembly, attention, context_parallel, data, distributed, exits, models
 from torchtitan_bio.checkpoint import commit
 from torchtitan_bio.config import Checkpoint, Config, ConfigError, Data
 from torchtitan_bio.data import loader, ring_hmm
@@ -90,9 +89,9 @@ def main(loaded: config_loader.Loaded, flags):
         context_degree=parallelism.context_parallel_degree,
         init_timeout_s=config.comm.init_timeout_seconds,
     )
-    say = train.print_on_rank_0(world)
+    say = distributed.print_on_rank_0(world)
     with exits.blaming_the_input():
-        dtype = preflight.compute_dtype(config, world.device)
+        dtype = assembly.compute_dtype(config, world.device)
         attend = choose_attention(config, architecture.head_dim, world, dtype, say)
         held_out = build_held_out(config, world)
         for line in held_out.report():
@@ -361,4 +360,4 @@ def trained_on(found, config: Config, training):
 
 
 if __name__ == "__main__":
-    sys.exit(exits.run(lambda: main(LOADED, FLAGS)))
+    sys.exit(exits.run(lambda: main(LOADED, FLAGS), "this command"))

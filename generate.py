@@ -8,18 +8,18 @@ torchrun --nproc_per_node 4 generate.py --checkpoint ...                        
 Exit status: 0 done, 2 something is to be mended in what was asked, 1 any other failure.
 """
 
-import argparse
 import importlib
 import json
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from torchtitan_bio import data, distributed, exits
+from torchtitan_bio import command_line, data, distributed, exits
 from torchtitan_bio.config import ConfigError
 from torchtitan_bio.science import rasters, realism, sampling, trained
 
@@ -27,9 +27,7 @@ SECONDS_BETWEEN_LINES = 5
 
 
 def read_flags(argv: list[str]):
-    parser = argparse.ArgumentParser(
-        prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line.Parser(prog="generate.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a run folder, a step folder, or a folder of Hugging Face's")
     parser.add_argument("--out", required=True, help="a new folder for samples.npz, raster.png, realism.png, generated.json")
     prompt = parser.add_argument_group("the prompt: a recording's row (default), a file, or nothing")
@@ -290,4 +288,4 @@ def write(folder: Path, prompts: Prompts, samples: np.ndarray, flags, facts: dic
 
 if __name__ == "__main__":
     FLAGS = read_flags(sys.argv[1:])
-    sys.exit(exits.run(lambda: main(FLAGS)))
+    sys.exit(exits.run(lambda: main(FLAGS), "this command"))

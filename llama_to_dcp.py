@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from torchtitan_bio import bridge, checkpoint, convert, distributed, weight_files
+from torchtitan_bio import bridge, checkpoint, command_line, convert, distributed, weight_files
 from torchtitan_bio.models import llama3
 from torchtitan_bio.science import agreement
 
@@ -37,9 +37,7 @@ class Source:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Llama weights of Hugging Face or Meta -> a checkpoint folder.", allow_abbrev=False
-    )
+    parser = command_line.Parser(description="Llama weights of Hugging Face or Meta -> a checkpoint folder.")
     parser.add_argument("--input_dir", type=Path, required=True, help="config.json + safetensors, or params.json + *.pth")
     parser.add_argument("--output_dir", type=Path, required=True, help="the folder to make")
     parser.add_argument(

@@ -6,21 +6,20 @@ python plan.py --job.config_file train_configs/primate_8B.toml --gpus 4 --gpu gh
 Exit status: 0 it fits, 3 it does not, 2 the configuration is wrong.
 """
 
-import argparse
 import sys
+from argparse import RawDescriptionHelpFormatter
 
-from torchtitan_bio import config_loader
+from torchtitan_bio import command_line, config_loader
 from torchtitan_bio.chips import CHIPS, Chip
 
 
 def read_own_flags(argv: list[str]):
     """(the flags of this script, the rest, which is configuration)."""
-    parser = argparse.ArgumentParser(
+    parser = command_line.Parser(
         prog="plan.py",
         description=__doc__,
         epilog="All other arguments are configuration, --section.key VALUE: python train.py --help explains each.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("--gpus", type=int, help="all GPUs of the run; default: one node")
     parser.add_argument("--gpu", choices=CHIPS, default="h100", help="mi250x is one GCD of 64 GB (default: h100)")
@@ -154,7 +153,7 @@ def traced_bytes(config: Config, architecture, job: costs.Job) -> float:
 
 
 def model_on_meta(config: Config, architecture, job: costs.Job, kernel, mesh):
-    """(the model as train.build_model makes it, in a GPU's compute type and without memory; the host memory that it uses)."""
+    """(the model as training builds it, in a GPU's compute type and without memory; the host memory that it uses)."""
     attend, kept = kernel, None
     group = dist.new_group(range(job.context)) if job.context > 1 else None
     if group and job.context_method == "ring":

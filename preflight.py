@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from torchtitan_bio import (
+    assembly,
     checkpoint,
     context_parallel,
     costs,
@@ -34,8 +35,6 @@ from torchtitan_bio import (
     recompute,
 )
 from torchtitan_bio.config import Config, ConfigError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main(loaded: config_loader.Loaded):
@@ -118,12 +117,6 @@ def with_origin(problem: str, origin: dict[str, str]) -> str:
     return problem if place == config_loader.DEFAULT else f"{place}: {problem}"
 
 
-def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The type in which blocks compute on this device."""
-    wanted = config.training.mixed_precision_param
-    return DTYPES[wanted if wanted != "auto" else "float32" if device.type == "cpu" else "bfloat16"]
-
-
 def job_of(config: Config, architecture, world_size: int, device: torch.device, device_bytes: int | None = None):
     """What costs.py must know of a checked run on so many devices like this one; None for a family without formulas."""
     if not costs.describes(architecture):
@@ -135,7 +128,7 @@ def job_of(config: Config, architecture, world_size: int, device: torch.device, 
         parallelism.data_parallel_replicate_degree,
         parallelism.context_parallel_degree,
     )
-    tiles, param_dtype = section.ffn_tiles, compute_dtype(config, device)
+    tiles, param_dtype = section.ffn_tiles, assembly.compute_dtype(config, device)
     if tiles == "auto":
         tiles = recompute.choose_tiles(
             training.local_batch_size * training.seq_len // parallelism.context_parallel_degree,

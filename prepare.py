@@ -1,6 +1,6 @@
 """Recordings made ready for training: what is in them, a fast store of them, their division into train and test.
 
-python prepare.py inspect mydata/ --out outputs/inventory              # anything that data.source takes, and NWB
+python prepare.py inspect mydata/ more/*.nwb --out outputs/inventory   # anything that data.source takes, and NWB
 python prepare.py spikes one.nwb two.nwb --bin-width 0.02 --out outputs/mylab      # NWB, npz, Parquet, Arrow, a hub name
 python prepare.py split outputs/mylab --by session --test 0.1
 ./train.sh train_configs/quickstart.toml --job.dump_folder outputs/run --data.source outputs/mylab
@@ -9,13 +9,13 @@ python prepare.py split outputs/mylab --by session --test 0.1
 Exit status: 0 done, 2 something is to be mended in what was asked or in the data, 1 any other failure, 130 interrupted.
 """
 
-import argparse
 import json
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
-from torchtitan_bio import __version__, exits
+from torchtitan_bio import __version__, command_line, exits
 from torchtitan_bio.config import ConfigError
 from torchtitan_bio.data import conversion, rows, sources, store, summary
 from torchtitan_bio.data.selection import number_of
@@ -26,11 +26,9 @@ MOST_LINES = 20  # of what was not as it should be; all are in provenance.json
 
 
 def read_flags(argv: list[str]):
-    parser = argparse.ArgumentParser(
-        prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line.Parser(prog="prepare.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    spikes = commands.add_parser("spikes", help="make a store of recordings, which training reads fastest", allow_abbrev=False)
+    spikes = commands.add_parser("spikes", help="make a store of recordings, which training reads fastest")
     spikes.add_argument("sources", nargs="+", metavar="SOURCE", help="an NWB, npz, Parquet or Arrow file, a folder, a hub name")
     spikes.add_argument("--out", required=True, help="the store's folder: new, or begun by the same command")
     spikes.add_argument("--source-dataset", help="of recordings whose file names none (default for NWB: the name of --out)")
@@ -43,8 +41,8 @@ def read_flags(argv: list[str]):
     spikes.add_argument(
         "--shard-size", default="1G", type=num_bytes, help="of the store's files, about: 512M, 4G (default: 1G)"
     )
-    inspect = commands.add_parser("inspect", help="say what is in recordings", allow_abbrev=False)
-    inspect.add_argument("sources", nargs=1, metavar="SOURCE", help="anything that data.source takes, or NWB")
+    inspect = commands.add_parser("inspect", help="say what is in recordings")
+    inspect.add_argument("sources", nargs="+", metavar="SOURCE", help="anything that data.source takes, or NWB")
     inspect.add_argument("--out", help="a folder for inventory.json and inventory.png")
     for command in (spikes, inspect):
         command.add_argument(
@@ -53,7 +51,7 @@ def read_flags(argv: list[str]):
             help="seconds: into which NWB's spike times are counted (default: 0.02), or of counts what is known of them",
         )
         command.add_argument("--interval", default="", help="a row for each entry of this table of NWB's, such as trials")
-    split = commands.add_parser("split", help="divide a store into train and test, by a hash", allow_abbrev=False)
+    split = commands.add_parser("split", help="divide a store into train and test, by a hash")
     split.add_argument("store", help="a folder that `prepare.py spikes` made")
     split.add_argument("--by", required=True, choices=("session", "subject", "row"), help="what is never on both sides")
     split.add_argument("--test", type=float, default=0.1, help="share of all sessions, subjects or rows (default: 0.1)")
@@ -117,20 +115,21 @@ def problems(made: dict) -> list[str]:
 
 def inspect(flags):
     check_width(flags.bin_width)
-    (source,) = flags.sources
     if flags.out and Path(flags.out).exists() and not Path(flags.out).is_dir():
         raise ConfigError(f"--out={flags.out} is a file; name a folder")
-    files, found, notes = rows.find(source), inventory.Inventory(), []
+    files, found, notes = [file for source in flags.sources for file in rows.find(source)], inventory.Inventory(), []
     check_meant(flags, files)
     with Progress(files, flags.interval) as progress:
         for file in files:
             read, of_file = rows.read(file, bin_width_s=flags.bin_width, interval=flags.interval)
             notes += [f"{file.name}: {note}" for note in of_file]
             for row in read:
-                found.add(row)
+                found.add(row, file.source)
                 progress({"n": row.n, "t": row.t})
-    notes += [f"{path.name} is not read: {reason}" for path, reason in sources.skipped_files(source)]
-    result = {"source": summary.public_name(source), **found.result(), "notes": notes}
+    for source in flags.sources:
+        notes += [f"{path.name} is not read: {reason}" for path, reason in sources.skipped_files(source)]
+    names = [summary.public_name(source) for source in flags.sources]
+    result = {"asked": names, **found.result(), "notes": notes}
     print(*inventory.table(result), *inventory.findings(result), *notes[:MOST_LINES], sep="\n")
     if len(notes) > MOST_LINES:
         print(
@@ -141,7 +140,8 @@ def inspect(flags):
         folder = Path(flags.out)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "inventory.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        inventory.draw(result, found.raster, result["source"] or "recordings").save(folder / "inventory.png")
+        title = (names[0] or "recordings") + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        inventory.draw(result, found.raster, title).save(folder / "inventory.png")
         print(f"written: {folder / 'inventory.json'}, {folder / 'inventory.png'}")
 
 
@@ -225,4 +225,4 @@ class Progress:
 
 if __name__ == "__main__":
     FLAGS = read_flags(sys.argv[1:])
-    sys.exit(exits.run(lambda: main(FLAGS)))
+    sys.exit(exits.run(lambda: main(FLAGS), "this command"))

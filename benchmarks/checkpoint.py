@@ -30,7 +30,7 @@ import torch.distributed.checkpoint as torch_dcp
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks.train_step import random_batch
-from torchtitan_bio import checkpoint, config_loader, distributed, metrics, models, optimizer
+from torchtitan_bio import assembly, checkpoint, config_loader, distributed, metrics, models, optimizer
 from torchtitan_bio.checkpoint import commit, dcp
 from torchtitan_bio.checkpoint.peers import meet
 from torchtitan_bio.checkpoint.tensors import local, model_tensors, optimizer_tensors
@@ -74,7 +74,7 @@ class Trained:
         self.architecture = replace(architecture, num_layers=num_layers)
         self.folder, self.world, self.step_number = folder, world, 0
         config = config_loader.load([]).config
-        self.model = train.build_model(config, self.architecture, None, world, lambda line: None).model
+        self.model = assembly.build_model(config, self.architecture, None, world, lambda line: None).model
         self.adamw = optimizer.build(self.model, lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
         self.batch = random_batch(1, SEQ_LEN)
         self.identity = {"family": "llama3", "flavor": "debug", "architecture": asdict(self.architecture)}
@@ -223,7 +223,7 @@ def main():
         print(f"\nwritten and flushed {written:.2f} GB/s, hashed {hashed:.2f} GB/s")
 
         config = config_loader.load(["--job.config_file", DEBUG]).config
-        dataset, _ = train.build_data(config, models.resolve("llama3", "debug", {}), world, lambda line: None)
+        dataset, _ = assembly.build_data(config, models.resolve("llama3", "debug", {}), world, lambda line: None)
         loader.read(dataset, range(1))  # the file is open from here on
         turns = [{step: resume_times(trained, dataset, step) for step in RESUME_STEPS} for _ in range(arguments.repeats)]
         resumes = {step: [min(each) for each in zip(*(turn[step] for turn in turns), strict=True)] for step in RESUME_STEPS}

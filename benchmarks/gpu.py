@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import preflight
 import train
 from benchmarks import peers
-from torchtitan_bio import attention, config_loader, costs, distributed, kernels, metrics, optimizer, parallelize
+from torchtitan_bio import assembly, attention, config_loader, costs, distributed, kernels, metrics, optimizer, parallelize
 from torchtitan_bio.data.batch import Batch
 from torchtitan_bio.models import llama3
 
@@ -145,7 +145,7 @@ def measure_step(architecture, settings: list[str], seq_len: int, world, *, repe
     argv = [f"--{setting}" for setting in (*settings, f"training.seq_len={seq_len}")]
     config = config_loader.load(argv).config
     job = preflight.job_of(config, architecture, world.size, world.device)
-    built = train.build_model(config, architecture, job, world, lambda line: None)
+    built = assembly.build_model(config, architecture, job, world, lambda line: None)
     row = time_steps(built.model, optimizer.build(built.model, **asdict(config.optimizer)), seq_len, world, repeats)
     predicted = costs.peak(job).bytes / costs.GIB
     row |= {"kernel": built.kernel.name, "predicted_gib": predicted}
@@ -158,7 +158,7 @@ def measure_predecessor(architecture, seq_len: int, world) -> dict:
     kernels.restore_flash()  # an earlier slice may have left FA3 active, which is no choice of torch's
     with torch.device(world.device):
         model = peers.Predecessor(architecture)
-    dtype = preflight.compute_dtype(config_loader.load([]).config, world.device)
+    dtype = assembly.compute_dtype(config_loader.load([]).config, world.device)
     parallelize.parallelize(
         model,
         world.mesh,
@@ -276,7 +276,7 @@ def read_arguments():
 
 def main():
     shape, world = read_arguments(), distributed.start()
-    device, dtype = world.device, preflight.compute_dtype(config_loader.load([]).config, world.device)
+    device, dtype = world.device, assembly.compute_dtype(config_loader.load([]).config, world.device)
     slices = {
         "kernels": lambda: measure_kernels(shape, device, dtype),
         "probe": lambda: [attention.choose("auto", device=device, dtype=dtype, head_dim=shape.architecture.head_dim).record],

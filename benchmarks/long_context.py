@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import preflight
 import train
 from benchmarks import peers
-from torchtitan_bio import config_loader, costs, distributed, optimizer, parallelize
+from torchtitan_bio import assembly, config_loader, costs, distributed, optimizer, parallelize
 from torchtitan_bio.data.batch import Batch
 from torchtitan_bio.live_memory import LiveMemory, fused_norms
 from torchtitan_bio.models.llama3 import Architecture, Model
@@ -56,7 +56,7 @@ def ours(name: str, *settings: str) -> Contestant:
         sections = [setting if "." in setting else f"activation_checkpoint.{setting}" for setting in settings]
         config = config_loader.load([f"--{setting}" for setting in sections]).config
         job = preflight.job_of(config, architecture, world.size, world.device)
-        built = train.build_model(config, architecture, job, world, lambda line: None)
+        built = assembly.build_model(config, architecture, job, world, lambda line: None)
         weights = lively_weights(architecture)
         with torch.no_grad():
             for parameter_name, parameter in built.model.named_parameters():

@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
-from torchtitan_bio import config_loader, distributed, metrics, models, optimizer
+from torchtitan_bio import assembly, config_loader, distributed, metrics, models, optimizer
 from torchtitan_bio.data.batch import Batch
 from torchtitan_bio.models import llama3
 
@@ -43,7 +43,7 @@ def measure(variant: str, arguments, architecture, world) -> dict:
     argv = [text for key, value in settings for text in (f"--{KEYS[key]}", value)]
     config = config_loader.load(argv).config
     said = []
-    model = train.build_model(config, architecture, None, world, said.append).model
+    model = assembly.build_model(config, architecture, None, world, said.append).model
     adamw = optimizer.build(model, lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
     batch = random_batch(arguments.local_batch_size, arguments.seq_len)
     if world.device.type == "cuda":

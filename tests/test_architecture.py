@@ -18,6 +18,12 @@ MAY_IMPORT = [
     ("config_loader", ["config", "config_moved"]),
     ("config_moved", []),
     ("config", []),
+    ("command_line", []),
+    (
+        "assembly",
+        ["attention", "checkpoint", "config*", "context_parallel", "data*", "distributed", "metrics", "models", "parallelize"]
+        + ["recompute", "resume", "stop"],
+    ),
     ("attention", ["kernels"]),
     ("kernels", []),
     ("distributed", []),
@@ -45,7 +51,7 @@ MAY_IMPORT = [
     ("data", ["data.*"]),
     ("data.*", ["data", "data.*"]),
     ("parallelize", ["distributed", "recompute", "context_parallel"]),
-    ("checkpoint*", ["distributed", "checkpoint*"]),
+    ("checkpoint*", ["distributed", "command_line", "checkpoint*"]),
     ("metrics", ["distributed"]),
     ("profiling", ["distributed"]),
     ("optimizer", ["distributed"]),

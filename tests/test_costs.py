@@ -10,7 +10,7 @@ from ranks import on_ranks
 
 import preflight
 import train
-from torchtitan_bio import config_loader, costs, distributed, live_memory, metrics, models, optimizer
+from torchtitan_bio import assembly, config_loader, costs, distributed, live_memory, metrics, models, optimizer
 from torchtitan_bio.chips import CHIPS
 from torchtitan_bio.data.batch import Batch
 from torchtitan_bio.models import layers, llama3
@@ -168,7 +168,7 @@ def peak_of_a_step(rank, arguments, overrides):
     inputs = {"tokens": tokens, "labels": tokens.to(torch.int16), "cu_seqlens": None}
     batch = Batch(inputs, {"next_token": tokens.numel()}, [(0, 0)] * len(tokens))
     with live_memory.fused_norms(), live_memory.LiveMemory() as memory:
-        built = train.build_model(config, architecture, job, world, lambda line: None)
+        built = assembly.build_model(config, architecture, job, world, lambda line: None)
         adamw = optimizer.build(built.model, **dataclasses.asdict(config.optimizer))
         for _ in range(2):
             memory.peak = memory.live

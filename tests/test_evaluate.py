@@ -16,7 +16,7 @@ from toy_checkpoints import flip_a_bit
 import dcp_to_llama
 import evaluate
 import train
-from torchtitan_bio import bridge, config_loader, distributed, resume
+from torchtitan_bio import assembly, bridge, config_loader, distributed, resume
 from torchtitan_bio.checkpoint import Checkpointer
 from torchtitan_bio.config import Config, ConfigError, Data, Parallelism, Training
 from torchtitan_bio.data import spikes
@@ -85,7 +85,7 @@ def test_the_scores_are_those_of_the_runs_own_validation_and_all_is_written(run,
     config = Config(data=Data(source=SOURCE), training=Training(seq_len=SEQ_LEN))
     world = distributed.start()
     held_out = spikes.build(source=SOURCE, split="test", mode="aligned", overlap=True, seq_len=SEQ_LEN)
-    model = train.build_model(config, ARCHITECTURE, None, world, lambda line: None).model
+    model = assembly.build_model(config, ARCHITECTURE, None, world, lambda line: None).model
     with torch.no_grad():
         for own, other in zip(model.parameters(), lively(Model(ARCHITECTURE)).parameters(), strict=True):
             own.to_local().copy_(other)

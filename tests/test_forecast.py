@@ -178,6 +178,7 @@ def test_more_rollouts_of_the_ideal_observer_come_nearer_to_the_exact_forecast_a
     assert [each[0, 0] for each in rates] == pytest.approx([each[0, 0] for each in exact], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_trained_model_forecasts_better_than_before_and_not_better_than_the_best(ring):
     dataset, places, best = ring
     model, train = Model(SPIKES), spikes.build(source=RING, mode="aligned", seq_len=16 * WIDTH)

@@ -106,6 +106,7 @@ def test_a_killed_worker_is_an_error_that_names_the_awaited_row():
     assert time.monotonic() - start < 30
 
 
+@pytest.mark.slow
 def test_workers_of_a_killed_rank_end_by_themselves():
     code = (
         "import os, signal; from test_loader import Numbers, build; batches = build(Numbers(), num_workers=1); next(batches); "
@@ -117,6 +118,7 @@ def test_workers_of_a_killed_rank_end_by_themselves():
     assert rank.returncode == -signal.SIGKILL and rank.stdout == "killed\n"
 
 
+@pytest.mark.slow
 def test_a_silent_worker_is_an_error_after_the_time_limit():
     batches = build(Numbers(trouble="hang"), num_workers=1, timeout_s=5)
     start = time.monotonic()

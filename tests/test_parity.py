@@ -9,7 +9,7 @@ from ranks import on_ranks
 
 import preflight
 import train
-from torchtitan_bio import config_loader, distributed, models, optimizer
+from torchtitan_bio import assembly, config_loader, distributed, models, optimizer
 from torchtitan_bio.data.batch import IGNORED, Batch
 
 TOLERANCE = 2e-6  # relative to the tensor's largest value, in fp32
@@ -47,7 +47,7 @@ def three_steps(rank, arguments, local_batch_size):
     )
     architecture = models.resolve("llama3", "debug", {})
     job = preflight.job_of(config, architecture, world.size, world.device)
-    model = train.build_model(config, architecture, job, world, lambda line: None).model
+    model = assembly.build_model(config, architecture, job, world, lambda line: None).model
     adamw = optimizer.build(model, lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
     initial = {name: parameter.full_tensor().detach().clone() for name, parameter in model.named_parameters()}
     losses, gradients = [], {}
@@ -126,7 +126,7 @@ def skip_a_step(rank, what):
     """Three steps, the second with something not finite on the last rank alone: whether each was taken and left the weights."""
     config = config_loader.load(["--model.flavor", "debug"]).config
     world = distributed.start()
-    model = train.build_model(config, models.resolve("llama3", "debug", {}), None, world, lambda line: None).model
+    model = assembly.build_model(config, models.resolve("llama3", "debug", {}), None, world, lambda line: None).model
     adamw = optimizer.build(model, lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
     report = []
     for step in range(3):
@@ -159,10 +159,10 @@ def held_out_scores(rank, max_windows, context_degree=1, method="ulysses"):
     config = config_loader.load(["--model.flavor", "debug", "--training.seq_len", "128", *method_setting]).config
     world = distributed.start(context_degree=context_degree)
     architecture = models.resolve("llama3", "debug", {})
-    _, held_out = train.build_data(config, architecture, world, lambda line: None)
+    _, held_out = assembly.build_data(config, architecture, world, lambda line: None)
     job = preflight.job_of(config, architecture, world.size, world.device)
-    model = train.build_model(config, architecture, job, world, lambda line: None).model
-    scores = train.named(held_out.scorer)(held_out)
+    model = assembly.build_model(config, architecture, job, world, lambda line: None).model
+    scores = assembly.named(held_out.scorer)(held_out)
     return train.validate(model, held_out, world, scores, local_batch_size=3, max_windows=max_windows, context_method=method)
 
 

@@ -42,6 +42,7 @@ def run_main(*arguments):
 # ---- the command
 
 
+@pytest.mark.slow
 def test_the_exit_status_tells_what_fits_what_does_not_and_what_is_wrong():
     expected = {
         ("--gpus", "8", "--gpu", "h100", *FULL): (0, "verdict: fits"),

@@ -84,7 +84,7 @@ def test_what_cannot_be_done_is_refused_in_words_and_leaves_nothing(tmp_path, wo
 def test_the_process_ends_with_2_and_a_line_for_what_its_user_can_mend():
     command = [sys.executable, str(ROOT / "prepare.py"), "inspect", "nowhere"]
     answer = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})
-    assert answer.returncode == 2 and "'nowhere' is neither an existing file or folder" in answer.stderr
+    assert answer.returncode == 2 and answer.stderr.startswith("this command cannot work:\n  data source 'nowhere' is neither")
     assert "Traceback" not in answer.stderr
 
 
@@ -231,6 +231,24 @@ def test_neither_inspect_nor_a_conversion_holds_more_than_a_row_or_so(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 16 * 2**20 < num_rows * n * bins, (words[0], peak)  # of which bincount's 2**20 integers are 8
+
+
+def test_several_sources_are_one_table_in_which_what_names_no_source_goes_by_its_file(tmp_path, capsys):
+    matrices, names = three_labs(tmp_path / "x.parquet")
+    for number, folder in enumerate(("one", "two")):
+        (tmp_path / folder).mkdir()
+        np.savez(tmp_path / folder / "y.npz", spike_counts=recordings(2, seed=number)[1])
+    given = [tmp_path / name for name in ("x.parquet", "one/y.npz", "two")]
+    run("inspect", *given, "--out", tmp_path / "out")
+    table_of = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[:7]]
+    assert table_of[0] == "source_dataset" and table_of[6] == "all"
+    assert sorted(table_of[1:6]) == ["(no name) two", "(no name) y.npz", "a", "b", "c"]
+    found = json.loads((tmp_path / "out" / "inventory.json").read_text())
+    assert found["asked"] == ["x.parquet", "y.npz", "two"] and found["total"]["rows"] == len(names) + 2
+    assert {of["found_in"] for of in found["sources"] if not of["source_dataset"]} == {"y.npz", "two"}
+    assert found["total"]["counts"] == sum(matrix.size for matrix in matrices) + sum(
+        recordings(2, seed=number)[1].size for number in (0, 1)
+    )
 
 
 def test_a_synthetic_population_is_inspected_too(capsys):

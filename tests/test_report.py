@@ -16,7 +16,7 @@ import pytest
 from torchtitan_bio import config_loader, resume
 from torchtitan_bio.config import Config
 from torchtitan_bio.data import spikes
-from torchtitan_bio.science import drawing, report, report_parts, ring_hmm_floor
+from torchtitan_bio.science import disclosure, drawing, rasters, report, report_parts, ring_hmm_floor
 
 HELD_OUT = {"ids": "abc", "seq_len": 64}
 RUNGS = [["Poisson null (oracle)", 0.0], ["per-neuron histogram", 0.25], ["own-history n-gram", 0.9], ["pooled", -3.0]]
@@ -125,6 +125,7 @@ def test_a_score_of_some_windows_says_so_beside_baselines_of_all(tmp_path):
     lines = [start(0), train(1, 2.0), validation(1, 1.2345, windows=16, subset="16 of 2998 windows, by hash")]
     _, page = read_page(write_run(tmp_path / "run", lines, steps=1))
     assert page.row("held-out score") == ["1.234 bits/spike after step 1, on 16 of 2998 windows, by hash"]
+    assert "bits/spike on held-out activity after 1 steps, on 16 of 2998 windows, by hash" in page.text
     assert "run was scored on 16 of 2998 windows, by hash (validation.max_windows), and its baselines on all" in page.text
     assert "and its baselines on all" not in read_page(write_run(tmp_path / "whole"))[1].text
 
@@ -342,6 +343,11 @@ def test_nothing_private_and_no_markup_of_others_is_on_the_page(tmp_path):
     html, page = read_page(folder)
     assert not re.search("alice|Alice|hf_A|/home|/scratch", html)
     assert not {"script", "i"} & {tag for tag, _ in page.tags}
+    drawn = [
+        rasters.draw(np.zeros((2, 3), np.uint8), np.ones((1, 2, 3), np.uint8), title=title).pixels()
+        for title in ("from the first 3 bins of /home/alice/x", disclosure.LEFT_OUT, "from the first 3 bins of lab/m1/day1")
+    ]
+    assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
     assert "<i>monkey" in page.text and ["data.include_sources", '["<b>x"]', "[]"] in sum(page.tables, [])
 
 
@@ -424,6 +430,7 @@ def browse(page: Path, folder: Path):
     return console, asked, np.asarray(Image.open(picture).convert("RGB"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no browser: none of chromium, chromium-browser, google-chrome is on the PATH")
 def test_a_real_browser_shows_the_page_without_a_complaint_or_a_request(tmp_path):
     report.write_page([whole_run(tmp_path / "run"), write_run(tmp_path / "two")], tmp_path / "page.html", say=lambda line: None)

@@ -7,7 +7,7 @@ import pytest
 
 import preflight
 import train
-from torchtitan_bio import config_loader, distributed, optimizer
+from torchtitan_bio import assembly, config_loader, distributed, optimizer
 from torchtitan_bio.data import loader
 from torchtitan_bio.science import ring_hmm_floor
 from torchtitan_bio.science.scores import SpikeScores
@@ -22,8 +22,8 @@ def test_a_thousand_steps_come_within_4_percent_of_the_floor_and_never_below_it(
     architecture, global_batch_size = preflight.check(config, 1)
     world = distributed.start()
     silent = lambda line: None  # noqa: E731
-    train_data, held_out = train.build_data(config, architecture, world, silent)
-    model = train.build_model(config, architecture, None, world, silent).model
+    train_data, held_out = assembly.build_data(config, architecture, world, silent)
+    model = assembly.build_model(config, architecture, None, world, silent).model
     adamw = optimizer.build(model, **asdict(config.optimizer))
     batches = loader.build(
         train_data,

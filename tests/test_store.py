@@ -155,6 +155,7 @@ def test_a_conversion_killed_after_any_row_and_given_again_has_every_byte_of_the
         assert contents(folder) == contents(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_a_conversion_killed_by_the_system_goes_on(tmp_path):
     write_arrow(tmp_path / "x.arrow", table(recordings(60)))
     script = (

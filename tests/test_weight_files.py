@@ -395,6 +395,7 @@ print(memory("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the memory")
 def test_twenty_tensors_are_converted_both_ways_in_the_memory_of_three(tmp_path):
     # What a child reports to getrusage begins at its parent's peak, so the child reads its own from /proc.

@@ -210,3 +210,13 @@ def set_timeout(world: World, timeout_s: float):
 def stop():
     """Leave the process group, with all ranks. One that has failed must not wait for the others: it exits."""
     dist.destroy_process_group()
+
+
+def print_on_rank_0(world: World):
+    """say(line), which one rank prints, and at once."""
+
+    def say(line: str):
+        if world.rank == 0:
+            print(line, flush=True)
+
+    return say

@@ -33,20 +33,24 @@ def collecting(problems: list[str], prefix: str = ""):
         problems += [f"{prefix}{line}" for line in str(error).split("\n")]
 
 
-def run(main: Callable[[], int | None]) -> int:
+def run(main: Callable[[], int | None], what: str = "this run") -> int:
     """main's exit code, None being 0. A failure is told, and ends the process here and now.
+
+    what: that which "cannot work", in the words to a user who can mend it.
 
     A rank that fails must not clean up first. That would wait for what the others have begun with it, a checkpoint for
     instance, while torchrun waits for this very process to end before it ends them.
     """
     try:
         return main() or 0
+    except SystemExit:  # argparse's, of a script that reads its flags in main: --help, or a flag that it has refused
+        raise
     except ConfigError as error:
         # A node may lack what the others have: the first rank of each speaks.
         rank = os.environ.get("RANK", "0")
         if os.environ.get("LOCAL_RANK", rank) == "0":
             where = "" if rank == "0" else f" (rank {rank} on {socket.gethostname()})"
-            print(f"this run cannot work{where}:", *error.problems, sep="\n  ", file=sys.stderr)
+            print(f"{what} cannot work{where}:", *error.problems, sep="\n  ", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is whole", file=sys.stderr)

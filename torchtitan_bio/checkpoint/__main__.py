@@ -7,14 +7,13 @@ inspect reads metadata only, unless --hash asks for every byte. Exit status of i
 1 different; of both: 2 no checkpoint.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
 
 import torch
 
-from torchtitan_bio import distributed
+from torchtitan_bio import command_line, distributed
 from torchtitan_bio.checkpoint import commit, dcp
 from torchtitan_bio.checkpoint.load import differences, words
 from torchtitan_bio.checkpoint.peers import CheckpointError
@@ -23,9 +22,7 @@ from torchtitan_bio.checkpoint.weights import TRAINING_STATE, check_is_step, lef
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m torchtitan_bio.checkpoint", description="Look at checkpoints.", allow_abbrev=False
-    )
+    parser = command_line.Parser(prog="python -m torchtitan_bio.checkpoint", description="Look at checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="tensors, bytes, step, config, and whether it verifies")
     inspect.add_argument("folder", type=Path)

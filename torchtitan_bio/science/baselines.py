@@ -8,7 +8,6 @@ once, and nothing precedes a recording's first bin. Nothing is carried over to o
 data, or with some of its neurons alone, is left out. ladder.py keeps and shows what is fitted here.
 """
 
-import argparse
 import sys
 import time
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from math import log
 import numpy as np
 import torch
 
+from torchtitan_bio import command_line
 from torchtitan_bio.science.scores import LN_FACTORIAL, NUM_COUNTS, SEPARATOR, CellSums, SpikeScores
 from torchtitan_bio.science.units import Units, by_session
 
@@ -325,7 +325,7 @@ def conjugate_gradients(x, rate, gradient, max_iterations=30):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Held-out bits/spike of the baselines on one data set.")
+    parser = command_line.Parser(description="Held-out bits/spike of the baselines on one data set.")
     parser.add_argument("--data", required=True, help="as data.source in a config")
     parser.add_argument("--split", default="test", help="the held-out split (default: test)")
     parser.add_argument("--split-by", default="given", help="as data.split_by in a config (default: given)")
@@ -364,4 +364,4 @@ def main():
 if __name__ == "__main__":
     from torchtitan_bio import exits
 
-    sys.exit(exits.run(main))
+    sys.exit(exits.run(main, "this command"))

@@ -1,6 +1,8 @@
 """What may be told of a run to the world, and what is known of its data and its tokens.
 
 No local path, user name or token passes: public_config is where a configuration loses them, public_text where any text does.
+Names of recordings, subjects and sessions do pass, since a report is a lab's own. What is pushed names none: a card has the
+sums by source_dataset of data/summary.py, and neither a picture nor a report goes with it.
 """
 
 import re

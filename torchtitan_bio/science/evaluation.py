@@ -120,6 +120,7 @@ def table(record: dict) -> list[str]:
         shown = sorted(record["groups"].items(), key=lambda each: -each[1]["spikes"])[:GROUPS_SHOWN]
         rows |= {f"mean of {len(record['groups'])} groups": record["macro"], **dict(shown)}
     for name, scores in rows.items():
+        name = name or "(no name)"
         errors = scores.get("standard_errors", {})
         columns = [
             with_error(scores[key], errors.get(key))

@@ -26,8 +26,10 @@ class Inventory:
     def __init__(self):
         self.sources, self.malformed, self.twice, self.raster, self._first = {}, [], [], {}, {}
 
-    def add(self, row):
-        sums = self.sources.setdefault(row.source_dataset, _Sums())
+    def add(self, row, found_in: str = ""):
+        """found_in: a file or folder, by which rows that name no source_dataset are told apart."""
+        source = row.source_dataset, "" if row.source_dataset else found_in
+        sums = self.sources.setdefault(source, _Sums())
         sums.splits[row.split] += 1
         if row.fault:
             sums.malformed += 1
@@ -41,18 +43,21 @@ class Inventory:
             sums.twice += 1
             self.twice += [[row.name, self._first[digest]]] if len(self.twice) < MOST_NAMED else []
         self._first.setdefault(digest, row.name)
-        if row.source_dataset not in self.raster:
+        if source not in self.raster:
             middle = max(0, (row.t - SHOWN_BINS) // 2)
             stretch = counts[:SHOWN_NEURONS, middle : middle + SHOWN_BINS].copy()
-            self.raster[row.source_dataset] = row.name, middle, stretch
+            self.raster[source] = row.name, middle, stretch
 
     def result(self) -> dict:
-        largest_first = sorted(self.sources, key=lambda name: -self.sources[name].histogram.sum())
+        largest_first = sorted(self.sources, key=lambda source: -self.sources[source].histogram.sum())
         total = _Sums()
         for sums in self.sources.values():
             total.take(sums)
         return {
-            "sources": [{"source_dataset": name} | self.sources[name].result() for name in largest_first],
+            "sources": [
+                {"source_dataset": name, "found_in": found_in} | self.sources[name, found_in].result()
+                for name, found_in in largest_first
+            ],
             "total": total.result(),
             "malformed": self.malformed,
             "twice": self.twice,
@@ -113,11 +118,16 @@ class _Sums:
 # ---- for the console ----
 
 
+def label(source: dict) -> str:
+    """Its name; without one, as in the tables of scores, and where it was found."""
+    return source["source_dataset"] or f"(no name) {source['found_in']}".rstrip()
+
+
 def table(result: dict) -> list[str]:
-    """A line for each source_dataset, and for all of them where there are several."""
+    """A line for each source, and for all of them where there are several."""
     head = ["source_dataset", "rows", "counts", "neurons", "seconds", "bin, s", "p(0)", "rate", "bits/count"]
     head += ["clipped", "malformed", "twice"]
-    lines = [[source["source_dataset"] or "(none)", *_cells(source)] for source in result["sources"]]
+    lines = [[label(source), *_cells(source)] for source in result["sources"]]
     if len(lines) > 1:
         lines.append(["all", *_cells(result["total"])])
     widths = [max(len(line[column]) for line in (head, *lines)) for column in range(len(head))]
@@ -181,7 +191,7 @@ def draw(result: dict, raster: dict, title: str) -> drawing.Figure:
     figure = drawing.Figure(WIDTH, TOP + len(shown) * (PANEL + BETWEEN), title)
     for number, source in enumerate(shown):
         top = TOP + number * (PANEL + BETWEEN)
-        _draw_raster(figure, top, source, *raster[source["source_dataset"]])
+        _draw_raster(figure, top, source, *raster[source["source_dataset"], source["found_in"]])
         _draw_counts(figure, top, source)
         _draw_rates(figure, top, source)
     return figure
@@ -196,7 +206,7 @@ def _draw_raster(figure, top, source, name, first, counts):
         (60, top, 640, top + PANEL),
         x=(first * scale, (first + bins) * scale),
         y=(n, 0),
-        title=_cut(f"{name or source['source_dataset'] or 'a recording'}{of}", 76),
+        title=_cut(f"{name or label(source)}{of}", 76),
         x_label="seconds from the recording's start" if width else "bins",
         y_label="neuron",
     ).raster(counts)

@@ -3,6 +3,7 @@
 import numpy as np
 
 from torchtitan_bio.science import drawing
+from torchtitan_bio.science.disclosure import public_text
 
 WIDTH = 1240  # of the picture
 LEFT, RIGHT, GAP, TOP = 66, 20, 34, 62
@@ -15,7 +16,7 @@ def draw(prompt, samples, truth=None, title: str = "") -> drawing.Figure:
     """prompt (neurons, bins), samples (rollouts, neurons, bins) and, where it is known, the truth (neurons, bins).
 
     One rollout is shown beside the truth, three where there is none; of a prompt as much as is generated. Time is in bins from
-    the prompt's end.
+    the prompt's end. The title may name a recording: it is shown as disclosure.py lets it pass, since a report has the picture.
     """
     num_rollouts, n, bins = samples.shape
     shown = prompt[:, max(0, prompt.shape[1] - bins) :]
@@ -30,7 +31,7 @@ def draw(prompt, samples, truth=None, title: str = "") -> drawing.Figure:
         panels.append(("truth", truth, 0))
 
     height = int(np.clip(n * ROW_PIXELS, LEAST_RASTER, MOST_RASTER))
-    figure = drawing.Figure(WIDTH, TOP + height + BETWEEN + RATE + 52, title)
+    figure = drawing.Figure(WIDTH, TOP + height + BETWEEN + RATE + 52, public_text(title))
     rates = [counts.sum(0, dtype=np.int64) for _, counts, _ in panels]
     mean = samples.sum(1, dtype=np.int64).mean(0)
     highest = drawing.limits(*rates, mean, least=0)

@@ -6,17 +6,17 @@ train.py leaves one as report.html in the folder of a run that is finished. Made
 with its --out in the run folder, it shows what those have left too.
 """
 
-import argparse
 import os
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 import torchtitan_bio
-from torchtitan_bio import config_loader, exits, metrics
+from torchtitan_bio import command_line, config_loader, exits, metrics
 from torchtitan_bio.config import Config
 from torchtitan_bio.science import realism, report_scores
 from torchtitan_bio.science import report_parts as parts
@@ -105,7 +105,7 @@ def headlines(run: Run):
     last, done = run.last or {}, num_steps(run)
     value = last.get("bits_per_spike")
     if value is not None:
-        yield f"{value:.3f}", f"bits/spike on held-out activity after {last['step']:,} steps"
+        yield f"{value:.3f}", f"bits/spike on held-out activity after {last['step']:,} steps{subset(last)}"
         if run.rungs:
             name, best = max(run.rungs, key=lambda rung: rung[1])
             yield f"{value - best:+.3f}", f"bits/spike against the best baseline, {name}"
@@ -121,8 +121,7 @@ def facts(run: Run) -> dict[str, str]:
     last, config, steps, found = run.last or {}, run.config, run.steps, {"ended": ended(run)}
     value = last.get("bits_per_spike")
     if value is not None:
-        part = "" if last.get("subset", "all") == "all" else f", on {last['subset']}"
-        found["held-out score"] = f"{value:.3f} bits/spike after step {last['step']:,}{part}"
+        found["held-out score"] = f"{value:.3f} bits/spike after step {last['step']:,}{subset(last)}"
     if value is not None and run.rungs:
         name, best = max(run.rungs, key=lambda rung: rung[1])
         side = "above" if value > best else "below"
@@ -145,6 +144,12 @@ def facts(run: Run) -> dict[str, str]:
     if run.starts:
         found["devices"] = f"{run.starts[-1].get('ranks', '?')} x {run.starts[-1].get('device', '?')}"
     return found
+
+
+def subset(validation: dict) -> str:
+    """What is to be said where not all windows were scored."""
+    part = validation.get("subset", "all")
+    return "" if part == "all" else f", on {part}"
 
 
 def captured(run: Run) -> float | None:
@@ -353,10 +358,8 @@ def flat(config: dict) -> dict[str, str]:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m torchtitan_bio.science.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_line.Parser(
+        prog="python -m torchtitan_bio.science.report", description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("run", nargs="+", help="a run folder")
     parser.add_argument("--out", help="the page (default: report.html in the run folder; of several runs comparison.html here)")
@@ -367,4 +370,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(exits.run(main))
+    sys.exit(exits.run(main, "this command"))

@@ -164,7 +164,8 @@ def draw_groups(result: dict) -> drawing.Figure:
 
     for number, (name, value, error) in enumerate(zip(shown, values, errors, strict=True)):
         top = 62 + ROW * number
-        figure.text((left - 8, top + ROW / 2), name if len(name) < 36 else f"...{name[-33:]}", anchor="rm")
+        label = name or "(no name)"
+        figure.text((left - 8, top + ROW / 2), label if len(label) < 36 else f"...{label[-33:]}", anchor="rm")
         begin, end = sorted((pixel(0), pixel(value)))
         figure.rectangle((begin, top + 6, end, top + ROW - 6), drawing.BLUE)
         figure.polyline(
