@@ -13,8 +13,8 @@
 # are then its own. Paths are read from where you stand: submit from this folder.
 #
 # A SLURM job that must leave (SIGUSR1 or SIGTERM to this script, a file STOP in the run folder, the time limit) saves and is requeued;
-# one that failed is not. Then the exit code is 0 if the run folder's exit.json says finished or preempted, whatever torchrun makes of
-# it. docs/slurm.md has the rest, and examples for three kinds of cluster.
+# one that failed, or three times in a row did not come to a step, is not, and its exit code is not 0. Else it is 0 if the run folder's
+# exit.json says finished or preempted, whatever torchrun makes of it. docs/slurm.md has the rest, and examples for three kinds of cluster.
 #
 # What a site needs is said by environment variables, each of them optional:
 #   PYTHON           the Python that is looked at first, and from which .venv is made. Default: python3
@@ -116,21 +116,22 @@ ask_to_stop() {
     fi
 }
 
-# What exit.json of the run folder says, its reason first: "preempted, step 500, why STOP". "none" if there is none to read.
+# What exit.json of the run folder says, its reason first: "preempted, step 500, steps_here 80, why STOP". "none" if there is none.
 read_exit() {
     "$python" -c '
 import json, sys
 try:
     with open(sys.argv[1]) as file:
         told = json.load(file)
-    print(told["reason"], *(f"{key} {told[key]}" for key in ("step", "why", "crash_loop") if key in told), sep=", ")
+    facts = ("step", "steps_here", "why", "crash_loop")
+    print(told["reason"], *(f"{key} {told[key]}" for key in facts if key in told), sep=", ")
 except (OSError, ValueError, KeyError, TypeError):
     print("none")' "$run_folder/exit.json"
 }
 
 # run_in_job COMMAND...: see it to its end, requeue the SLURM job if the run was preempted, and exit.
 run_in_job() {
-    local job=$SLURM_JOB_ID told code
+    local job=$SLURM_JOB_ID submitted=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID} idle=$run_folder/idle_starts told code
     # The last element of an array has the array's own number, by which scontrol would requeue all of them.
     if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
     say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) of job $job on ${SLURM_JOB_NUM_NODES:-1} node(s)"
@@ -158,7 +159,10 @@ run_in_job() {
 
     told=$(read_exit)
     case $told in
-        finished*) exit 0 ;;
+        finished*)
+            rm -f "$idle"
+            exit 0
+            ;;
         preempted*) ;;
         *)
             say "exit code $code, exit.json: $told; job $job is not requeued"
@@ -168,10 +172,21 @@ run_in_job() {
     # scontrol would bring back even what someone has cancelled. Such a job, and one past its time limit, is COMPLETING by now.
     if [[ $(scontrol show job "$job" 2>&1) =~ JobState=(COMPLETING|CANCELLED) ]]; then
         say "$told; Slurm is ending job $job, which is not requeued: the same command goes on"
-    else
-        say "$told; requeueing job $job"
-        scontrol requeue "$job" || say "job $job is not requeued: the same command goes on"
+        exit 0
     fi
+    # One that needs more time to begin than it has would come back for ever. Each start without a step is a line of $idle.
+    if [[ $told == *", steps_here 0,"* ]]; then
+        echo "$submitted" >>"$idle"
+        if (($(grep -cxF "$submitted" "$idle") >= 3)); then
+            say "$told; job $job is not requeued: three starts in a row had to leave before they had done a step." \
+                "Submit it again with a longer --time (or job.max_wall_s), or with a --signal that comes later"
+            exit 1
+        fi
+    else
+        rm -f "$idle"
+    fi
+    say "$told; requeueing job $job"
+    scontrol requeue "$job" || say "job $job is not requeued: the same command goes on"
     exit 0
 }
 
@@ -247,7 +262,17 @@ print(nproc, max(cores // nproc, 1))' "${TASKS_PER_NODE:-${NPROC:-0}}")
     counts=$("${count[@]}")
     read -r nproc threads <<<"$counts"
     # What cannot work is told once and ends with exit code 2; under torchrun the code would be 1.
-    run_folder=$(WORLD_SIZE=$((nodes * nproc)) LOCAL_WORLD_SIZE=$nproc "$python" "$here/preflight.py" "${settings[@]}")
+    local check=(env WORLD_SIZE=$((nodes * nproc)) LOCAL_WORLD_SIZE="$nproc" "$python" "$here/preflight.py" "${settings[@]}")
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then
+        run_folder=$("${check[@]}")
+    else
+        # In the foreground it would outlive this script, if a SIGTERM ends that.
+        "${check[@]}" >/dev/null &
+        trap 'trap - TERM; kill $! $$' TERM
+        trap 'trap - INT; kill $!; kill -INT $$' INT
+        wait $!
+        trap - TERM INT
+    fi
     if ((nproc > 1)) && [[ -z ${TASKS_PER_NODE:-} ]]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}; fi
     # Threads that wait for one another by spinning lose a core to every other program: on 2 cores with one of them busy the quickstart
     # runs at 16,000 tokens/s with this and at 10,000 without; on idle cores at 31,000 and 34,000.

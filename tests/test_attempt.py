@@ -25,7 +25,7 @@ def outcome_of_main(rank, folder, arguments, bend, environment):
     """What a run raised, in words; "" where it ended well. And what it wrote to stderr."""
     err = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err):
-        for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID"):
+        for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):
             patch.delenv(name, raising=False)
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -98,24 +98,27 @@ def test_the_same_failure_at_the_same_step_twice_is_a_crash_loop_that_only_a_per
     start(tmp_path, partial(break_at, "forward"), *ANEW)
     start(tmp_path, partial(break_at, "backward"), *ANEW, SLURM_RESTART_COUNT="1")
     assert "crash_loop" not in exit_json(tmp_path), "another error is no loop"
-    start(tmp_path, partial(break_at, "backward"), *ANEW, SLURM_RESTART_COUNT="2")
+    start(tmp_path, partial(break_at, "backward"), *ANEW, SLURM_ARRAY_JOB_ID="77", SLURM_JOB_ID="79", SLURM_RESTART_COUNT="2")
     record = exit_json(tmp_path)
-    assert (record["crash_loop"], record["attempt"], record["step"]) == (True, 3, 3)
+    assert (record["crash_loop"], record["attempt"], record["step"], record["job"]) == (True, 3, 3, "77")
 
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for machine in ({"SLURM_RESTART_COUNT": "3"}, {"TORCHELASTIC_RESTART_COUNT": "1"}):
+    next_of_the_array = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_JOB_ID": "80"}
+    for machine in ({"SLURM_RESTART_COUNT": "3"}, {"TORCHELASTIC_RESTART_COUNT": "1"}, next_of_the_array):
         raised, _ = start(tmp_path, None, *ANEW, **machine)
         assert raised.startswith("ConfigError: ") and "twice in a row at step 3" in raised and "start it by hand" in raised
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert start(tmp_path, None, *ANEW) == ("", "")
-    assert (exit_json(tmp_path)["reason"], exit_json(tmp_path)["attempt"]) == ("finished", 1)
+    assert start(tmp_path, None, *ANEW, SLURM_ARRAY_JOB_ID="90", SLURM_JOB_ID="90") == ("", "")  # submitted anew
+    record = exit_json(tmp_path)
+    assert (record["reason"], record["attempt"], record["job"], record["steps_here"]) == ("finished", 1, "90", 4)
 
 
 def test_a_kill_between_two_equal_failures_does_not_hide_the_loop(tmp_path):
     start(tmp_path, partial(break_at, "data"), *ANEW)
     failure = exit_json(tmp_path)
     start(tmp_path, look_at_exit_json, *ANEW)
-    running = json.loads((tmp_path / "seen.json").read_text())
+    reads_data, running = (json.loads((tmp_path / name).read_text()) for name in ("while-it-reads.json", "seen.json"))
+    assert reads_data == running | {"step": None}  # killed there, it would not look like the start before
     assert running["reason"] == "running" and running["previous"] == failure and running["step"] == 0
     (tmp_path / "exit.json").write_text(json.dumps(running))  # what SIGKILL leaves
     start(tmp_path, partial(break_at, "data"), *ANEW)
@@ -128,6 +131,7 @@ def look_at_exit_json(patch, rank):
     runs = attempt.Attempt.runs
 
     def runs_and_looks(this, step):
+        (this.folder / "while-it-reads.json").write_bytes((this.folder / "exit.json").read_bytes())
         runs(this, step)
         (this.folder / "seen.json").write_bytes((this.folder / "exit.json").read_bytes())
 
@@ -215,12 +219,12 @@ def test_a_ranks_own_error_comes_before_what_others_noticed_of_it(order, blamed,
 
 
 def fail_without_space(rank, folder):
-    def full(path, text):
+    def full(path, content):
         path.touch()
         raise OSError("No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(Path, "write_bytes", full)
         return blame(rank, folder, ["own"])
 
 

@@ -106,7 +106,7 @@ def test_a_picture_is_a_patient_phase_in_no_step_time_and_a_stop_is_heard_right_
         assert of_rank.count("taken") == 1 and of_rank[of_rank.index("taken") - 1] == ("sampling", True)
         assert of_rank[of_rank.index("taken") + 1] == ("save", True)
     assert exit_json(tmp_path / "run") | {"started": ""} == {
-        **{"reason": "preempted", "step": 3, "attempt": 1, "started": "", "why": "STOP"},
+        **{"reason": "preempted", "step": 3, "attempt": 1, "started": "", "steps_here": 3, "why": "STOP"},
     }
     assert saved_steps(tmp_path / "run") == [2, 3] and pictures(tmp_path / "run") == ["step-00000003.png"]
     assert not (tmp_path / "run" / "report.html").exists()  # told to stop, it has no time for a page

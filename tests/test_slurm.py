@@ -18,7 +18,7 @@ from torch.distributed.run import get_args_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Runs a copy of the script, again each time that scontrol has requeued it, with all its output in one file.
+# Runs a copy of the script, again each time that scontrol has requeued it, six times at most, with all its output in one file.
 SBATCH = r"""#!/usr/bin/env bash
 while [[ $1 == -* ]]; do shift; done
 cp "$1" "$CLUSTER/slurm_script"
@@ -30,7 +30,7 @@ while true; do
     echo $! >"$CLUSTER/script.pid"
     wait $! && code=0 || code=$?
     echo $code >>"$CLUSTER/codes"
-    if [[ ! -f $CLUSTER/pending || ${SLURM_RESTART_COUNT:-0} == 2 ]]; then exit; fi
+    if [[ ! -f $CLUSTER/pending || ${SLURM_RESTART_COUNT:-0} == 6 ]]; then exit; fi
     export SLURM_RESTART_COUNT=$((${SLURM_RESTART_COUNT:-0} + 1))
 done
 """
@@ -94,6 +94,7 @@ raise SystemExit(int(os.environ.get("CHECK", 0)))
 PREEMPTED = {"exit.json": '{"reason": "preempted", "step": 5, "why": "STOP"}', "code": 1}  # torchrun's code is no better
 FINISHED = {"exit.json": '{"reason": "finished", "step": 10}', "code": 0}
 UNTIL_STOP = PREEMPTED | {"waits": True}
+WITHOUT_A_STEP = PREEMPTED | {"exit.json": '{"reason": "preempted", "step": null, "steps_here": 0, "why": "STOP"}'}
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,38 @@ def test_a_signal_before_the_run_has_started_is_not_lost(cluster):
     cluster.wait_for(cluster.state / "checking")
     cluster.signal(signal.SIGUSR1)
     assert cluster.end() == [0, 0] and cluster.requeued == ["123"]
+
+
+def test_three_starts_in_a_row_without_a_step_end_the_requeueing_and_the_remedy_is_told(cluster):
+    cluster.run_folder.mkdir()
+    (cluster.run_folder / "idle_starts").write_text("99\n" * 5)  # of a job that was given up; this one was submitted anew
+    with_steps = PREEMPTED | {"exit.json": '{"reason": "preempted", "step": 9, "steps_here": 4, "why": "STOP"}'}
+    cluster.sbatch(WITHOUT_A_STEP, with_steps, *[WITHOUT_A_STEP] * 5)
+    assert cluster.end() == [0, 0, 0, 0, 1] and cluster.requeued == ["123"] * 4
+    assert "preempted, step 9, steps_here 4, why STOP; requeueing job 123" in cluster.log
+    assert "steps_here 0, why STOP; job 123 is not requeued: three starts in a row" in cluster.log
+    assert "longer --time" in cluster.log
+
+
+def test_the_legs_of_an_array_count_their_starts_without_a_step_together(cluster):
+    cluster.run_folder.mkdir()
+    (cluster.run_folder / "idle_starts").write_text("77\n" * 2)
+    cluster.sbatch(WITHOUT_A_STEP, SLURM_JOB_ID="80", SLURM_ARRAY_JOB_ID="77", SLURM_ARRAY_TASK_ID="3")
+    assert cluster.end() == [1] and cluster.requeued == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_run_by_hand_is_being_checked_ends_the_script_and_the_check_at_once(cluster, number):
+    script = cluster.start("bash", "train.sh", "x.toml", CHECK_S="60")
+    cluster.wait_for(cluster.state / "checking")
+    script.send_signal(number)
+    assert script.wait(timeout=5) == -number
+    deadline = time.monotonic() + 5
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(script.pid, 0)
+            time.sleep(0.02)
+    assert not cluster.run_folder.exists()
 
 
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])

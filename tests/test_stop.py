@@ -32,12 +32,14 @@ def straight(tmp_path_factory):
 
 
 def assert_goes_on_as_if_never_stopped(folder, straight):
+    done = exit_json(folder)["step"]
     printed, _ = on_ranks(2, train_main, folder, SETTINGS)
     assert losses(folder) == losses(straight)
     assert [entry["step"] for entry in lines(folder, "validation")] == [0, 6, 12]
     bits = [[entry["bits_per_spike"] for entry in lines(each, "validation")] for each in (folder, straight)]
     assert bits[0] == bits[1]
     assert exit_json(folder)["reason"] == "finished"
+    assert exit_json(folder)["steps_here"] == 12 - done
     return printed
 
 
@@ -63,7 +65,7 @@ def test_a_signal_to_one_rank_makes_all_save_that_step_and_a_second_one_does_no_
     printed, _ = on_ranks(2, train_main, folder, settings, signal_one_rank_and_again_during_the_save)
     left = exit_json(folder)
     assert (left["reason"], left["step"], left["why"], left["attempt"]) == ("preempted", 5, "SIGTERM", 1)
-    assert "stopped by SIGTERM" in printed
+    assert "stopped by SIGTERM" in printed and left["steps_here"] == 5
     assert saved_steps(folder) == [5] and [path.name for path in (folder / "checkpoint").iterdir()] == ["step-00000005"]
     assert_goes_on_as_if_never_stopped(folder, straight)
 
@@ -104,7 +106,7 @@ def test_a_stop_file_during_validation_leaves_no_half_score_and_the_score_is_mad
 def test_a_run_that_finds_a_stop_file_leaves_before_it_builds_anything(tmp_path):
     (tmp_path / "STOP").touch()
     on_ranks(2, train_main, tmp_path, SETTINGS)
-    assert exit_json(tmp_path) == exit_json(tmp_path) | {"reason": "preempted", "step": None, "why": "STOP"}
+    assert exit_json(tmp_path) == exit_json(tmp_path) | {"reason": "preempted", "step": None, "steps_here": 0, "why": "STOP"}
     assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
 
 
@@ -227,7 +229,7 @@ def seconds_before_the_end_when_it_stops(clock, stops, end_s, step_s):
 def test_the_run_leaves_a_save_and_two_steps_before_its_time_is_up(
     clock, tmp_path, monkeypatch, whole_s, save_s, step_s, expected
 ):
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(1e9 + 1000 + whole_s))
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(10**9 + 1000 + whole_s))
     stops = stop.Stops(tmp_path, "auto")
     stops.save_s = save_s
     left_s = seconds_before_the_end_when_it_stops(clock, stops, 1000 + whole_s, step_s)
@@ -236,9 +238,24 @@ def test_the_run_leaves_a_save_and_two_steps_before_its_time_is_up(
 
 def test_the_earlier_limit_counts(monkeypatch):
     assert stop.seconds_left("auto") is None and stop.seconds_left(50) == 50
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 100))
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(round(time.time()) + 100))
     assert stop.seconds_left("auto") == pytest.approx(100, abs=1)
     assert stop.seconds_left(50) == 50 and stop.seconds_left(500) == pytest.approx(100, abs=1)
+
+
+@pytest.mark.parametrize("told", ["UNLIMITED", "nan", "2026-11-21T14:00:00"])
+def test_an_end_time_that_is_no_number_of_seconds_is_a_warning_of_the_first_rank_and_no_limit(
+    told, clock, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", told)
+    clock["s"] += 10**6
+    assert set(stop.Stops(tmp_path).wishes().values()) == {0}
+    assert capsys.readouterr().err.startswith(f"warning: SLURM_JOB_END_TIME={told} is no time in seconds")
+    assert stop.seconds_left(50) == 50
+    capsys.readouterr()
+    monkeypatch.setenv("RANK", "1")
+    stop.Stops(tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 def test_only_the_first_rank_looks_at_disk_and_clock(clock, tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 """One start of a run, from the moment it takes the run folder: whatever happens to it, exit.json says how it ended.
 
 "running" (it is, or it died without a word), "finished", "preempted", "interrupted" or "failed". The same failure at the same
-step twice in a row is a crash loop: then a machine must not start the run again, while a person may.
+step twice in a row is a crash loop: then a machine must not start the run again, while a person may. A run that is refused
+before its training begins leaves all as it was.
 """
 
 import json
@@ -38,18 +39,26 @@ class Attempt:
         self._world, self._lock, self._is_new, self._last_failure = world, lock, is_new, last_failure
         path = folder / "stacks" / f"{started}-rank-{world.rank}.txt"
         self.watch = watchdog.Watch(path, rank=world.rank, limit_s=limit_s, told=self._hang)
+        self._earlier: bytes | None = None  # what exit.json said before
+        self._begun_at: int | None = None  # steps that were done when training began
 
     def __enter__(self):
+        if self.rank == 0:
+            with suppress(OSError):
+                self._earlier = (self.folder / "exit.json").read_bytes()
+            self._write_or_say("running", None, previous=self._last_failure)  # killed from here on, it did not finish
         return self
 
     def __exit__(self, kind, error, trace):
         self.watch.rest()
         if isinstance(error, KeyboardInterrupt):
             self._write_or_say("interrupted", self.watch.step)
-        elif error is not None and not isinstance(error, ConfigError):  # a run that is refused leaves all as it was
+        elif error is not None and not isinstance(error, ConfigError):
             self._fail(error)
         self.watch.end()
         with suppress(OSError):  # of a disk that is away; that is told already
+            if self.rank == 0 and isinstance(error, ConfigError) and self._begun_at is None:
+                self._put_back()
             if self._lock:
                 self._lock.release()
             if self._is_new:
@@ -57,6 +66,7 @@ class Attempt:
 
     def runs(self, step: int):
         """Training begins after so many steps. Rank 0 alone writes."""
+        self._begun_at = step
         if self.rank == 0:
             self._write("running", step, previous=self._last_failure)
 
@@ -64,11 +74,14 @@ class Attempt:
         """The run is finished, or `why` stopped it; what a file STOP asked for is done. All ranks part.
 
         step: None where it stopped before it had read how many were done. Where nothing is saved a run that was stopped is
-        "interrupted": started again and again by a machine, it would begin at step 0 for ever.
+        "interrupted": started again and again by a machine, it would begin at step 0 for ever. `steps_here` are those of this
+        start: one that never comes to its first step must not be started for ever either.
         """
         self.watch.enter("leaving")
         if self.rank == 0:
-            self._write(*("finished" if not why else "preempted" if is_saved else "interrupted", step), why=why)
+            reason = "finished" if not why else "preempted" if is_saved else "interrupted"
+            steps_here = 0 if self._begun_at is None else step - self._begun_at
+            self._write(reason, step, steps_here=steps_here, why=why)
             (self.folder / "STOP").unlink(missing_ok=True)
             print(*([f"stopped by {why}"] if why else []), f"run folder: {self.folder}", sep="\n", flush=True)
         if why:
@@ -114,12 +127,21 @@ class Attempt:
             print(f"rank {self.rank} could not write exit.json: {error}", file=sys.stderr, flush=True)
 
     def _write(self, reason: str, step: int | None, **facts):
-        record = {"reason": reason, "step": step, "attempt": number(), "started": self.started} | facts
+        record = {"reason": reason, "step": step, "attempt": number(), "started": self.started, "job": job()} | facts
         record = {key: value for key, value in record.items() if value is not None or key == "step"}
+        self._replace(json.dumps(record, indent=1).encode() + b"\n")
+
+    def _put_back(self):
+        if self._earlier is None:
+            (self.folder / "exit.json").unlink(missing_ok=True)
+        else:
+            self._replace(self._earlier)
+
+    def _replace(self, content: bytes):
         path = self.folder / "exit.json"
         written = path.with_name(f"exit.json.{self.rank}.new")
         try:
-            written.write_text(json.dumps(record, indent=1) + "\n")
+            written.write_bytes(content)
             os.replace(written, path)
         except OSError:
             with suppress(OSError):
@@ -136,10 +158,10 @@ def begin(folder: Path, world, *, limit_s: float, stale_s: float, say: Callable[
     with world.together("taking the run folder"):
         if world.rank == 0:
             last, is_new = read(folder), not folder.exists()
-            if number() > 1 and last.get("crash_loop"):
+            if last.get("crash_loop") and (number() > 1 or is_element_of(last.get("job"))):
                 raise ValueError(
                     f"{folder} failed twice in a row at step {last['step']} with the same error: {last['error']}. Mend the "
-                    "cause and start it by hand: a machine would only repeat it"
+                    "cause and start it by hand, or submit it anew: a machine would only repeat it"
                 )
             lock = run_lock.take(folder, stale_s=stale_s, say=say)
             stacks = watchdog.dumps(folder / "stacks")
@@ -163,6 +185,16 @@ def begin(folder: Path, world, *, limit_s: float, stale_s: float, say: Callable[
 def number() -> int:
     """1, and one more for each restart by SLURM or torchrun."""
     return 1 + sum(int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
+def job() -> str | None:
+    """The SLURM job of this process; of an element of an array, the array's, which all its elements share."""
+    return os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID") or None
+
+
+def is_element_of(array: str | None) -> bool:
+    """Whether Slurm started this process as a part of that array. Within any other job a person may start a run again."""
+    return array is not None and os.environ.get("SLURM_ARRAY_JOB_ID") == array
 
 
 def read(folder: Path) -> dict:

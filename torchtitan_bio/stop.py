@@ -6,6 +6,7 @@ as zeros and ones in a sum over ranks that each step makes anyway; what the sum 
 
 import os
 import signal
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -31,7 +32,7 @@ class Stops:
         self.file = folder / "STOP"
         self._received: set[str] = set()
         self._looks = os.environ.get("RANK", "0") == "0"  # one rank for the disk and the clock
-        self._whole_s = seconds_left(max_wall_s)
+        self._whole_s = seconds_left(max_wall_s) if self._looks else None
         self._started = time.monotonic()
         self._step_ends = deque(maxlen=3)
         # Ranks whose torchrun was killed would train on unseen; a process without one may outlive its shell (nohup).
@@ -83,8 +84,19 @@ class Stops:
 
 
 def seconds_left(max_wall_s: float | str) -> float | None:
-    """Until the earlier of two limits: the one of the configuration, and the one that SLURM tells. None: there is neither."""
+    """Until the earlier of two limits: the one of the configuration, and the one that SLURM tells. None: there is neither.
+
+    A SLURM_JOB_END_TIME that is no time is a warning: what a site sets does not end a run.
+    """
     limits = [] if max_wall_s == "auto" else [float(max_wall_s)]
-    if os.environ.get("SLURM_JOB_END_TIME"):
-        limits.append(float(os.environ["SLURM_JOB_END_TIME"]) - time.time())
+    told = os.environ.get("SLURM_JOB_END_TIME")
+    try:
+        limits += [int(told) - time.time()] if told else []
+    except ValueError:
+        print(
+            f"warning: SLURM_JOB_END_TIME={told} is no time in seconds since 1970, so SLURM's limit is not known to this run; "
+            "job.max_wall_s can say it",
+            file=sys.stderr,
+            flush=True,
+        )
     return min(limits, default=None)
