@@ -187,21 +187,26 @@ FULL, KEPT = "mode=full", "mode=keep_attention"
     [
         (1, 2048, [FULL], {}),
         (2, 2048, [FULL], {}),
-        (2, 1024, [], {}),
-        (2, 512, [FULL, "training.local_batch_size=2", "training.global_batch_size=8"], {"num_kv_heads": 4}),
-        (2, 1024, [FULL], {"vocab_size": 4096}),
-        (2, 256, [FULL], LARGE),
-        (2, 256, [FULL, "parallelism.fsdp_reshard_after_forward=never"], LARGE),
-        (1, 2048, [KEPT], {}),
-        (1, 2048, [FULL, "ffn_tiles=8"], {}),
-        (1, 1024, ["ffn_tiles=8"], {}),
-        (1, 2048, [KEPT, "ffn_tiles=8", "offload_inputs=true", "keep_on=host"], {}),
-        (2, 2048, [FULL, "parallelism.context_parallel_degree=2"], {}),
-        (
-            2,
-            2048,
-            [KEPT, "ffn_tiles=8", "parallelism.context_parallel_degree=2", "parallelism.context_parallel_method=ring"],
-            {},
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                (2, 1024, [], {}),
+                (2, 512, [FULL, "training.local_batch_size=2", "training.global_batch_size=8"], {"num_kv_heads": 4}),
+                (2, 1024, [FULL], {"vocab_size": 4096}),
+                (2, 256, [FULL], LARGE),
+                (2, 256, [FULL, "parallelism.fsdp_reshard_after_forward=never"], LARGE),
+                (1, 2048, [KEPT], {}),
+                (1, 2048, [FULL, "ffn_tiles=8"], {}),
+                (1, 1024, ["ffn_tiles=8"], {}),
+                (1, 2048, [KEPT, "ffn_tiles=8", "offload_inputs=true", "keep_on=host"], {}),
+                (2, 2048, [FULL, "parallelism.context_parallel_degree=2"], {}),
+                (
+                    2,
+                    2048,
+                    [KEPT, "ffn_tiles=8", "parallelism.context_parallel_degree=2", "parallelism.context_parallel_method=ring"],
+                    {},
+                ),
+            )
         ),
     ],
     ids=[

@@ -104,6 +104,7 @@ def ideal(dataset, sharpness=1.0):
     return found.result()["all"]
 
 
+@pytest.mark.slow
 def test_a_model_with_the_true_probabilities_is_calibrated_and_one_too_sure_of_itself_is_not():
     source = "ring-hmm:n=4,K=8,bins=200,test_rows=30"
     many = spikes.build(source=source, split="test", mode="aligned", overlap=True, seq_len=5 * 10)

@@ -12,6 +12,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
+import whole_runs
 from hub_server import Hub
 from llama_folders import KINDS, save_hf, save_meta, tensors_of
 from ranks import on_ranks
@@ -182,13 +183,9 @@ def test_a_checkpoint_of_the_predecessor_gives_its_model_alone_and_runs_nothing(
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run folder: two steps of a small model on the shipped recording."""
-    import subprocess
-    import sys
-
     folder = tmp_path_factory.mktemp("runs") / "Dr. Somebody's run"
-    settings = ["--job.dump_folder", str(folder), "--training.steps", "2", "--validation.max_windows", "4"]
-    command = [sys.executable, "train.py", "--job.config_file", "train_configs/debug.toml", *settings]
-    subprocess.run(command, check=True, capture_output=True)
+    ((raised, _, _),) = whole_runs.start(folder, "--training.steps=2", "--validation.max_windows=4")
+    assert raised == ""
     return folder
 
 

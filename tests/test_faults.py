@@ -98,6 +98,7 @@ def test_a_nan_on_one_rank_makes_all_skip_that_step_and_leaves_every_weight_and_
     assert losses(tmp_path)[:2] == losses(straight)[:2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [make_the_loss_nan, make_a_gradient_nan])
 def test_too_many_nans_in_a_row_stop_all_ranks_and_a_resume_counts_those_before(broken, tmp_path):
     settings = ["--checkpoint.interval=1", "--training.max_skipped_steps=1"]
@@ -133,6 +134,7 @@ def spoil_a_weight(patch, rank):
         before_step(patch, 3, spoil)
 
 
+@pytest.mark.slow
 def test_a_nan_in_a_weight_is_never_saved_and_the_run_goes_on_from_before_it(tmp_path, straight):
     for raised, _, err in start(tmp_path, bend=spoil_a_weight):
         assert "not saved: model.tok_embeddings.weight" in raised and "not finite" in raised and "step 4, save" in err
@@ -154,6 +156,7 @@ def fill_the_disk_of_rank_1_at_step_4(patch, rank):
         patch.setattr(Path, "open", to_full)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "noticed"), [("disabled", 4), ("async", 6)])
 def test_a_full_disk_of_one_rank_stops_all_of_them_by_their_next_save_and_the_older_checkpoint_resumes(
     mode, noticed, tmp_path, straight
@@ -170,6 +173,7 @@ def test_a_full_disk_of_one_rank_stops_all_of_them_by_their_next_save_and_the_ol
     assert losses(tmp_path) == losses(straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_a_run_that_may_miss_a_checkpoint_goes_on_over_a_full_disk_and_warns(mode, tmp_path, straight):
     settings = [f"--checkpoint.async_mode={mode}", "--checkpoint.on_save_error=continue"]

@@ -48,7 +48,7 @@ def drawn_from_a_checkpoint(rank, step_folder, prompt):
     return sampler.go_on(np.stack([prompt] * 4), read, bins=BINS, rollouts=[0, 1, 2, 3], window_bins=8)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_pictures_show_what_the_saved_models_make_of_a_prompt_and_change_no_bit_of_the_training(tmp_path, ranks):
     on_ranks(ranks, train_main, tmp_path / "without", STEPS)
     settings = [*EVERY_2, "--metrics.enable_tensorboard", "true"]
@@ -99,6 +99,7 @@ def phases_of_a_run(rank, folder, arguments):
     return phases
 
 
+@pytest.mark.slow
 def test_a_picture_is_a_patient_phase_in_no_step_time_and_a_stop_is_heard_right_after_it(tmp_path):
     steps = [word if word != "4" else "40" for word in STEPS]
     phases = on_ranks(2, phases_of_a_run, tmp_path / "run", [*steps, "--validation.generate_every", "3"])

@@ -74,6 +74,7 @@ def test_a_run_without_a_last_step_reads_on_at_step_900():
     assert numbers_of(next(build(num_steps=None, start_step=900))) == list(range(28 * 900, 28 * 901))
 
 
+@pytest.mark.slow
 def test_two_workers_read_what_none_reads_also_after_a_resume():
     def steps(workers):
         return [numbers_of(step) for step in build(num_workers=workers, local_batch_size=2, start_step=1, num_steps=5)]
@@ -98,6 +99,7 @@ def test_a_sample_that_cannot_be_read_is_named_with_its_row(workers):
         next(batches)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_an_error_that_names_the_awaited_row():
     batches = build(Numbers(trouble="die"), num_workers=1, timeout_s=60)
     start = time.monotonic()

@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 import resource
+import threading
 import time
 
 import numpy as np
@@ -127,9 +128,9 @@ def test_lines_for_which_there_is_no_room_to_the_end_are_counted_in_an_error(tmp
             file.close()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard writes in a thread of its own
-def test_a_disk_too_full_for_tensorboard_costs_its_curves_and_not_the_run(tmp_path):
+def test_a_disk_too_full_for_tensorboard_costs_its_curves_and_not_the_run(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
+    monkeypatch.setattr(threading, "excepthook", lambda raised: None)  # TensorBoard writes in a thread, which dies of it
     told, values = [], {f"score_{number}": 1.0 for number in range(40)}
     with files_of_at_most(2**16):  # enough for the lines
         file = metrics.MetricsFile(tmp_path, enabled=True, tensorboard=True, say=told.append)

@@ -95,8 +95,8 @@ EVERYTHING = [*KEEP_ATTENTION, *ON_HOST, *IN_TILES, *STATES_ON_HOST]
         (2, STATES_ON_HOST, 2),
         (2, [*CONTEXT_2, *KEEP_ATTENTION], 4),
         (2, EVERYTHING, 4),
-        (4, [*CONTEXT_2, *REPLICATE_2], 2),
-        (4, [*CONTEXT_2, *EVERYTHING], 2),
+        pytest.param(4, [*CONTEXT_2, *REPLICATE_2], 2, marks=pytest.mark.slow),
+        pytest.param(4, [*CONTEXT_2, *EVERYTHING], 2, marks=pytest.mark.slow),
     ],
     ids=["accumulation", "fsdp-2", "fsdp-2-recompute", "replicate-2", "fsdp-4", "fsdp-4-kept", "hsdp-2x2"]
     + ["hsdp-2x2-accumulation", "states-on-host", "ulysses-2", "everything", "replicate-2-ulysses-2", "everything-and-ulysses"],
@@ -112,7 +112,10 @@ def test_losses_gradients_and_initial_weights_equal_one_process(reference, ranks
             assert error < TOLERANCE, f"{name}: {error:.2e}"
 
 
-@pytest.mark.parametrize(("ranks", "arguments"), [(2, CONTEXT_2), (4, CONTEXT_4), (4, [*CONTEXT_2, *EVERYTHING])])
+@pytest.mark.parametrize(
+    ("ranks", "arguments"),
+    [(2, CONTEXT_2), *(pytest.param(4, each, marks=pytest.mark.slow) for each in (CONTEXT_4, [*CONTEXT_2, *EVERYTHING]))],
+)
 def test_a_ring_of_ranks_equals_one_process(reference, ranks, arguments):
     """Merging parts of a softmax rounds more than summing it at once."""
     losses, gradients, _ = reference

@@ -142,6 +142,7 @@ def compiled(rank, mode, backend):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "keep_attention"])
 def test_recomputed_blocks_run_compiled_and_other_documents_compile_nothing_anew(mode):
     (rows,) = on_ranks(1, compiled, mode, "counting")

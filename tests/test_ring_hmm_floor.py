@@ -90,6 +90,7 @@ def test_the_figures_are_near_those_of_another_population_of_the_same_kind(popul
     assert found.floor < 0.9 * result["hist_nll"] < 0.9 * result["null_nll"]
 
 
+@pytest.mark.slow
 def test_a_wrong_model_lies_above_and_one_that_sees_its_answers_far_below(population, floor):
     def blurred(batch):
         return 0.9 * probabilities(population, batch) + 0.1 * (torch.arange(256) < 8) / 8

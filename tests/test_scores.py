@@ -342,6 +342,7 @@ def test_groups_can_be_subjects_sessions_or_recordings_whose_counts_add_up_to_al
     assert nats == pytest.approx(result["null_nll"] * result["counts"], rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_shuffled", [False, True])
 def test_where_time_is_shuffled_a_trained_model_scores_about_the_histogram_and_not_above_it(tmp_path, is_shuffled):
     for split, rows in (("train", 200), ("test", 40)):

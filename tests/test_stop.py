@@ -58,7 +58,7 @@ def signal_one_rank_and_again_during_the_save(patch, rank):
     patch.setattr(commit, "write", write_under_fire)
 
 
-@pytest.mark.parametrize("asynchronous", ["disabled", "async"])
+@pytest.mark.parametrize("asynchronous", ["disabled", pytest.param("async", marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_makes_all_save_that_step_and_a_second_one_does_no_harm(tmp_path, straight, asynchronous):
     folder = tmp_path / "run"
     settings = [*SETTINGS, "--checkpoint.async_mode", asynchronous]
@@ -92,6 +92,7 @@ def set_folder(rank, folder):
     os.environ[FOLDER] = str(folder)
 
 
+@pytest.mark.slow
 def test_a_stop_file_during_validation_leaves_no_half_score_and_the_score_is_made_up_for(tmp_path, straight):
     folder = tmp_path / "run"
     on_ranks(2, set_folder, folder)

@@ -49,6 +49,7 @@ def test_a_crash_in_native_code_leaves_its_stacks(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_progress_keeps_a_process_alive_and_patience_and_rest_outlive_the_limit(tmp_path):
     text = """
 for step in range(5):
