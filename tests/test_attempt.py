@@ -6,18 +6,16 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from launches import SLOW_STEPS, await_step, launch, processes_of
 from ranks import on_ranks
-from whole_runs import TOML, before_step, exit_json, losses, saved_steps, train_main
+from whole_runs import before_step, exit_json, losses, saved_steps, train_main
 
-ROOT = Path(__file__).parents[1]
 SETTINGS = ["--training.steps", "4", "--validation.freq", "4"]
 
 
@@ -242,58 +240,10 @@ def test_what_other_ranks_notice_of_an_interruption_does_not_make_a_failure_of_i
 
 # ---- as a user starts it ----
 
-BENT = """
-import os, sys, time
-sys.path.insert(0, {root!r})
-import train
-from torchtitan_bio import config_loader, exits
-from torchtitan_bio.data import spikes
-
-calls = []
-{code}
-if __name__ == "__main__":
-    sys.exit(exits.run(lambda: train.main(config_loader.load(sys.argv[1:]))))
-"""
-
-
-def launch(folder, code, *arguments, ranks=2, interval=1000, launcher=()):
-    """A run of 200 steps, of a script that bends train.py before it starts it: its process, not awaited."""
-    script = folder / "script.py"
-    script.write_text(BENT.format(root=str(ROOT), code=code))
-    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in hidden} | {"OMP_NUM_THREADS": "1"}
-    words = [sys.executable]
-    if ranks > 1:
-        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *launcher]
-    settings = ["--job.config_file", TOML, "--job.dump_folder", str(folder / "run"), "--validation.enable", "false"]
-    words += [str(script), *settings, "--training.steps", "200", "--checkpoint.interval", str(interval), *arguments]
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def await_step(folder, step, process):
-    path, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + 120
-    while not (path.exists() and f'"step": {step},' in path.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended too early"
-        time.sleep(0.02)
-
-
-def processes_of(folder) -> list[str]:
-    lines = subprocess.run(["ps", "-A", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout.splitlines()
-    return [line for line in lines if str(folder / "script.py") in line]
-
-
-SLOW_STEPS = """
-step = train.train_step
-def slow_step(*settings):
-    time.sleep(0.05)
-    return step(*settings)
-train.train_step = slow_step
-"""
-
 
 def test_sigterm_ends_a_process_with_0_and_a_checkpoint_of_its_step(tmp_path):
     process = launch(tmp_path, SLOW_STEPS, ranks=1)
-    await_step(tmp_path, 3, process)
+    await_step(tmp_path / "run", 3, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     record = exit_json(tmp_path / "run")
@@ -305,7 +255,7 @@ def test_sigterm_ends_a_process_with_0_and_a_checkpoint_of_its_step(tmp_path):
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves_on_all_ranks_though_it_reaches_data_workers_too(tmp_path):
     process = launch(tmp_path, SLOW_STEPS, "--data.num_workers", "1")
-    await_step(tmp_path, 3, process)
+    await_step(tmp_path / "run", 3, process)
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
@@ -341,6 +291,7 @@ train.train_step = deadly_step
 @pytest.mark.slow
 def test_a_rank_that_hangs_in_its_data_ends_the_job_within_the_limit_and_its_stacks_say_where(tmp_path):
     code = """
+from torchtitan_bio.data import spikes
 sample = spikes.Spikes.sample
 def stuck_sample(self, i):
     calls.append(None)

@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import whole_runs
+from launches import ROOT, SLOW_STEPS, await_step, launch, processes_of
 from spike_files import recordings, table
-from test_attempt import ROOT, SLOW_STEPS, await_step, launch, processes_of
-from test_train import tree_of
 from toy_checkpoints import flip_a_bit
 from whole_runs import before_step, exit_json, lines, losses, saved_steps
 
+from benchmarks.soak import tree_of
 from torchtitan_bio import checkpoint, config_loader
 from torchtitan_bio.config import ConfigError
 
@@ -394,7 +394,7 @@ train.train_step = waiting_step
 @pytest.mark.slow
 def test_a_second_run_in_the_folder_exits_with_2_and_a_killed_data_worker_ends_the_first_with_its_row(tmp_path):
     process = launch(tmp_path, SLOW_STEPS.replace("0.05", "0.5"), "--data.num_workers", "1", ranks=1)
-    await_step(tmp_path, 3, process)
+    await_step(tmp_path / "run", 3, process)
     second = subprocess.run(process.args, capture_output=True, text=True, timeout=120)
     assert second.returncode == 2 and "Traceback" not in second.stderr
     assert re.search(

@@ -8,77 +8,27 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import whole_runs
+from launches import ROOT, await_step, command, environment, launch, processes_of, run
+from whole_runs import losses
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.soak import tree_of
+
 GOLDEN = Path(__file__).parent / "golden" / "debug_losses.json"
-
-
-def environment():
-    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {key: value for key, value in os.environ.items() if key not in hidden} | {"OMP_NUM_THREADS": "1"}
-
-
-def command(folder, *arguments, ranks=1):
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    settings = ["--job.config_file", str(ROOT / "train_configs/debug.toml"), "--job.dump_folder", str(folder)]
-    return [*launcher, str(ROOT / "train.py"), *settings, *arguments]
-
-
-def run(folder, *arguments, ranks=1):
-    return subprocess.run(
-        command(folder, *arguments, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=300
-    )
-
-
-def run_script(folder, text, *arguments):
-    """Two ranks of a script that bends train.py before it starts it, in folder/run."""
-    script = folder / "script.py"
-    script.write_text(text.format(root=str(ROOT)))
-    words = [str(script) if word == str(ROOT / "train.py") else word for word in command(folder / "run", *arguments, ranks=2)]
-    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
-
-
-def losses(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "train"]
-    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1)), "a step is missing or doubled"
-    return [line["loss"] for line in steps]
-
-
-def tree_of(process: int) -> list[int]:
-    """A process and all that came of it. A process group would not do: torchrun gives each rank a session of its own."""
-    pairs = subprocess.run(["ps", "-A", "-o", "pid=", "-o", "ppid="], capture_output=True, text=True, check=True).stdout
-    tree = [process]
-    for parent in tree:
-        tree += [int(child) for child, of in map(str.split, pairs.splitlines()) if int(of) == parent]
-    return tree
 
 
 def kill_after_step(folder, step, *arguments, ranks) -> str:
     """Start a run and kill -9 all its processes once metrics.jsonl holds the step; what that file holds then."""
-    process = subprocess.Popen(
-        command(folder, *arguments, ranks=ranks),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 200
-    path = folder / "metrics.jsonl"
-    while not (path.exists() and f'"step": {step},' in path.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-        time.sleep(0.02)
-    tree = tree_of(process.pid)
-    for each in tree:
+    words = command(folder, *arguments, ranks=ranks)
+    process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    await_step(folder, step, process)
+    for each in tree_of(process.pid):
         os.kill(each, signal.SIGKILL)
     process.wait()
-    return path.read_text()
+    return (folder / "metrics.jsonl").read_text()
 
 
 def assert_resumed(folder, metrics_before, result):
@@ -207,55 +157,35 @@ def test_without_checkpoints_a_second_run_keeps_the_metrics_of_the_first(tmp_pat
     assert (tmp_path / "metrics.before-1.jsonl").read_text() == first and losses(tmp_path)
 
 
-RANK_1_FAILS_WHILE_A_CHECKPOINT_IS_WRITTEN = """
-import os, sys, time
-sys.path.insert(0, {root!r})
-import train
-from torchtitan_bio import config_loader, exits
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_the_job_though_a_checkpoint_is_being_written(tmp_path):
+    code = """
 from torchtitan_bio.checkpoint import commit
-
 write, step = commit.write, train.train_step
 def slow_write(*settings):
     time.sleep(300)
     return write(*settings)
 def failing_step(*settings):
-    failing_step.calls = getattr(failing_step, "calls", 0) + 1
-    if failing_step.calls == 3 and os.environ["RANK"] == "1":
+    calls.append(None)
+    if len(calls) == 3 and os.environ["RANK"] == "1":
         raise RuntimeError("the third step of rank 1")
     return step(*settings)
 commit.write, train.train_step = slow_write, failing_step
-if __name__ == "__main__":
-    exits.run(lambda: train.main(config_loader.load(sys.argv[1:])))
 """
-
-
-@pytest.mark.slow
-def test_a_rank_that_fails_ends_the_job_though_a_checkpoint_is_being_written(tmp_path):
-    result = run_script(
-        tmp_path,
-        RANK_1_FAILS_WHILE_A_CHECKPOINT_IS_WRITTEN,
-        *("--checkpoint.interval", "2", "--checkpoint.async_mode", "async"),
-    )
-    assert result.returncode == 1 and "the third step of rank 1" in result.stderr
-
-
-ONE_RANK_REFUSES = """
-import os, sys
-sys.path.insert(0, {root!r})
-import train
-from torchtitan_bio import attention, config_loader, exits
-
-choose = attention.choose
-attention.choose = lambda name, **settings: choose("fa3" if os.environ["RANK"] == "1" else name, **settings)
-if __name__ == "__main__":
-    exits.run(lambda: train.main(config_loader.load(sys.argv[1:])))
-"""
+    process = launch(tmp_path, code, "--checkpoint.async_mode", "async", interval=2)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "the third step of rank 1" in err and processes_of(tmp_path) == []
 
 
 @pytest.mark.slow
 def test_what_one_rank_alone_refuses_is_told_and_no_run_folder_is_made(tmp_path):
-    result = run_script(tmp_path, ONE_RANK_REFUSES)
-    assert "this run cannot work" in result.stderr and "failed on rank 1: the attention kernel 'fa3'" in result.stderr
+    code = """
+from torchtitan_bio import attention
+choose = attention.choose
+attention.choose = lambda name, **settings: choose("fa3" if os.environ["RANK"] == "1" else name, **settings)
+"""
+    _, err = launch(tmp_path, code).communicate(timeout=120)
+    assert "this run cannot work" in err and "failed on rank 1: the attention kernel 'fa3'" in err, err
     assert not (tmp_path / "run").exists()
 
 
