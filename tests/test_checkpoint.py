@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
+from payload import Payload
 from ranks import on_ranks
 from torch import nn
 from toy_checkpoints import MODEL_JSON, Toy, assert_bit_equal, build, flip_a_bit, full, listing, local, run, said, world
@@ -198,16 +199,6 @@ def test_a_checkpoint_without_optimizer_state_is_refused_for_training(world, tmp
 
 
 # Hostile files
-
-
-class Payload:
-    """A pickle that touches a file when it is opened."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
 
 
 def forge(folder, name, content):

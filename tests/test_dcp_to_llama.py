@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as torch_dcp
 import whole_runs
 from hub_server import Hub
 from llama_folders import KINDS, save_hf, save_meta, tensors_of
+from payload import Payload
 from ranks import on_ranks
 
 import dcp_to_llama
@@ -152,14 +153,6 @@ def save_as_torchtitan(folder, weights, prefix, payload):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no process group is meant
         torch_dcp.save(state, checkpoint_id=folder, no_dist=True)
-
-
-class Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])

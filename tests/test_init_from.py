@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
+from payload import Payload
 from ranks import on_ranks
 from torch import nn
 
@@ -168,14 +169,6 @@ def test_a_folder_that_is_no_checkpoint_is_named_with_what_to_give_instead(ours,
     for absent in (tmp_path / "nowhere", tmp_path / "empty"):
         with pytest.raises(ValueError, match=f"{absent} is not a DCP checkpoint"):
             init_from(absent, build(2), world=world)
-
-
-class Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def test_a_pickle_in_a_foreign_checkpoint_is_never_opened(tmp_path, world):

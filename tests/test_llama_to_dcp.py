@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from llama_folders import KINDS, hf_model, save_hf, save_meta, tensors_of
+from payload import Payload
 
 import llama_to_dcp
 from torchtitan_bio import bridge, checkpoint, convert, distributed, models
@@ -313,14 +314,6 @@ def test_an_interruption_leaves_nothing_behind(tmp_path, three_shards, monkeypat
     assert run("--input_dir", three_shards, "--output_dir", tmp_path / "out") == 130  # though torch's writer is in between
     assert "interrupted; what was there before is as it was" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-class Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def test_a_payload_in_a_pth_is_refused_and_not_run(tmp_path, capsys):

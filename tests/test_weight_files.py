@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from payload import Payload
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -294,16 +295,6 @@ def test_shards_of_meta_that_do_not_belong_together_are_refused(tmp_path):
     assert f"{zero} and {one.name} differ in w, which is the same in all shards" in refusal(weights.read, "w")
 
 
-class Planted:
-    """Makes a file when it is unpickled by a reader that trusts it."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 def test_a_pth_that_is_no_state_dict_is_refused_and_nothing_in_it_runs(tmp_path):
     path, made = tmp_path / "consolidated.00.pth", tmp_path / "made"
 
@@ -312,7 +303,7 @@ def test_a_pth_that_is_no_state_dict_is_refused_and_nothing_in_it_runs(tmp_path)
         assert message.startswith(str(path))
         return message
 
-    torch.save({"w": torch.ones(2), "planted": Planted(made)}, path)
+    torch.save({"w": torch.ones(2), "planted": Payload(made)}, path)
     assert "wants to run code when it is loaded (io.open). Nothing was run" in refuse()
     assert not made.exists()
     torch.load(path, weights_only=False)["planted"].close()
