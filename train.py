@@ -11,6 +11,7 @@ from torchtitan_bio import config_loader
 if __name__ == "__main__":
     LOADED = config_loader.load_or_exit(sys.argv[1:])  # before torch is imported: --help and typos answer at once
 
+import contextlib
 import gc
 import math
 import os
@@ -59,7 +60,7 @@ def main(loaded: config_loader.Loaded):
     with exits.blaming_the_input():
         waits_s, stale_s = config.comm.init_timeout_seconds, 2 * config.comm.train_timeout_seconds
         this = attempt.begin(folder, world, limit_s=waits_s, stale_s=stale_s, say=say)
-    with this:
+    with this, contextlib.ExitStack() as at_the_end:
         enter = this.watch.enter
         enter("reading the data", patient=True)
         with exits.blaming_the_input():
@@ -86,6 +87,7 @@ def main(loaded: config_loader.Loaded):
             step, skipped_in_a_row = assembly.restore(config, checkpoints, model, adamw, identity, state_of_run, world, say)
             with world.together(f"writing into {folder}"):
                 log = assembly.open_run_folder(folder, config, world, step, global_batch_size, say)
+                at_the_end.callback(log.close)
             samples = assembly.open_samples(folder, config, model, held_out, world, say)
         batches = assembly.read_from(step, train_data, config, global_batch_size, world)
         if step == training.steps:
@@ -141,20 +143,18 @@ def main(loaded: config_loader.Loaded):
                     enter("save", patient=True)
                     this.check_lock()
                     state = state_of_run(step, skipped_in_a_row=skipped_in_a_row)
-                    checkpoints.save(step, model, adamw, state, identity, documents=documents, is_last=is_last)
+                    named = documents | log.documents()
+                    checkpoints.save(step, model, adamw, state, identity, documents=named, is_last=is_last)
                     stops.save_s = checkpoints.last_save_s
         gc.enable()
         enter("save", patient=True)
         checkpoints.wait()
         log.close()
-        if config.validation.enable and config.validation.baselines and world.rank == 0 and not stops.why:
-            this.watch.rest()
-            assembly.named(train_data.ladder)(folder / "ladder.json", train_data, held_out, log.last_validation)
         if stops.why and not config.checkpoint.enable:
             say("warning: checkpoint.enable=false, so nothing is saved")
         this.leave(step, stops.why, is_saved=config.checkpoint.enable)
     if world.rank == 0 and not stops.why:
-        report(folder, train_data, say)
+        look_back(folder, config, train_data, held_out, log.last_validation, say)
 
 
 def train_step(
@@ -276,12 +276,22 @@ def score(step: int, config: Config, model, held_out, world, log, this: attempt.
     log.validation(step, scores, headline=held_out.headline)
 
 
-def report(folder: Path, train_data, say):
-    """A page about the finished run. Whatever goes wrong with it is a warning: the run is done."""
-    try:
+def look_back(folder: Path, config: Config, train_data, held_out, last_validation, say):
+    """Baselines, where they are asked for, and a page about the finished run."""
+    if held_out is not None and config.validation.baselines:
+        with warning_of("no ladder of this run", say):
+            assembly.named(train_data.ladder)(folder / "ladder.json", train_data, held_out, last_validation)
+    with warning_of("no report of this run", say):
         assembly.named(train_data.run_report)(folder, say)
+
+
+@contextlib.contextmanager
+def warning_of(loss: str, say):
+    """Whatever goes wrong in here is a warning: the run is done."""
+    try:
+        yield
     except Exception as error:
-        say(f"warning: no report of this run: {type(error).__name__}: {error}")
+        say(f"warning: {loss}: {type(error).__name__}: {error}")
 
 
 def report_skip(step, loss, grad_norm, microbatches, train_data, world, log, say):

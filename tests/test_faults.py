@@ -316,15 +316,16 @@ def test_a_corrupt_line_of_metrics_is_named_and_nothing_is_touched(tmp_path, str
 
 
 ON_A_SMALL_DISK = """
-import os, sys
+import os, shutil, sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 from whole_runs import before_step, train_main
 
-disk = Path(sys.argv[1])
+disk, settings = Path(sys.argv[1]), sys.argv[2:]
+ballast = disk / "ballast"
 
 def fill():
-    with open(disk / "ballast", "wb", buffering=0) as file:
+    with open(ballast, "wb", buffering=0) as file:
         for size in (2**20, 2**12):
             try:
                 while file.write(bytes(size)) == size:
@@ -332,36 +333,58 @@ def fill():
             except OSError:
                 pass
 
-def bend(patch, rank):
-    before_step(patch, 3, fill)
-    before_step(patch, 18, (disk / "ballast").unlink)
+def die():
+    raise OSError("it dies at step 16")
 
-print(train_main(0, disk / "run", sys.argv[2:], bend))
-Path("metrics.jsonl").write_bytes((disk / "run/metrics.jsonl").read_bytes())
-Path("saved").write_text(" ".join(sorted(path.name for path in (disk / "run/checkpoint").iterdir())))
+def full_for_a_while(patch, rank):
+    before_step(patch, 3, fill)
+    before_step(patch, 18, ballast.unlink)
+
+def full_to_its_death(patch, rank):
+    before_step(patch, 3, fill)
+    before_step(patch, 16, die)
+
+print(train_main(0, disk / "one", settings, full_for_a_while))
+
+# The second one has its checkpoints elsewhere.
+(disk / "two").mkdir()
+Path("checkpoint").mkdir()
+(disk / "two" / "checkpoint").symlink_to(Path("checkpoint").absolute())
+try:
+    train_main(0, disk / "two", settings, full_to_its_death)
+except OSError as error:
+    print(error)
+ballast.unlink()
+print(train_main(0, disk / "two", settings))
+for name in ("one", "two"):
+    shutil.copytree(disk / name, name)
 """
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_over_a_disk_that_is_really_full_and_nothing_is_missing_once_there_is_room(tmp_path):
-    """A file system of 16 MB in a namespace of its own, filled before step 3 and freed before step 18."""
+def test_a_disk_that_is_really_full_costs_saves_and_traces_but_no_line_of_the_metrics_and_no_run(tmp_path):
+    """A file system of 16 MB in a namespace of its own, full from step 3 to 18; of another run to its death, with checkpoints
+    elsewhere, which is started again once there is room."""
     (tmp_path / "disk").mkdir()
     script = ON_A_SMALL_DISK.format(root=str(ROOT), tests=str(ROOT / "tests"))
-    settings = ["--training.steps=20", "--checkpoint.interval=2", "--validation.enable=false"]
+    settings = ["--training.steps=20", "--checkpoint.interval=2", "--checkpoint.keep_latest_k=all", "--validation.enable=false"]
     mount = 'mount -t tmpfs -o size=16m tmpfs disk && exec "$@"'
     unshare = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
     if subprocess.run([*unshare, "true"], cwd=tmp_path, capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a file system of his own")
     words = [*unshare, sys.executable, "-c", script, "disk", *settings, "--checkpoint.on_save_error=continue"]
-    words += ["--metrics.enable_tensorboard=true"]
+    words += ["--metrics.enable_tensorboard=true", "--profiling.enable_profiling=true", "--profiling.profile_freq=5"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     start(tmp_path / "straight", *settings, ranks=1)
-    assert losses(tmp_path) == losses(tmp_path / "straight")
-    assert len(re.findall(r"^warning: saving step \d+: .*No space left", done.stdout, re.M)) == 7  # after 4, 6 ... 16
-    assert len(re.findall("^warning: .*metrics.jsonl: No space left .* until there is room", done.stdout, re.M)) == 1
-    assert len(re.findall("metrics.jsonl is whole again", done.stdout)) == 1
-    assert (tmp_path / "saved").read_text() == "step-00000002 step-00000018 step-00000020"
+    assert losses(tmp_path / "one") == losses(tmp_path / "two") == losses(tmp_path / "straight")
+    first, again = done.stdout.split("it dies at step 16")
+    assert len(re.findall(r"^warning: saving step \d+: .*No space left", first, re.M)) == 7  # after 4, 6 ... 16
+    assert len(re.findall("^warning: .*metrics.jsonl: No space left .* until there is room", first, re.M)) == 1
+    assert len(re.findall("metrics.jsonl is whole again", first)) == 1 and "warning: no trace" in first
+    assert saved_steps(tmp_path / "one") == [2, 18, 20]
+    assert json.loads((tmp_path / "checkpoint" / "step-00000014" / "unwritten_metrics.json").read_text())["lines"]
+    assert lines(tmp_path / "two", "start")[-1]["step"] == 14, again
 
 
 # ---- as a user starts it ----

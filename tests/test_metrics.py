@@ -119,13 +119,20 @@ def test_lines_that_a_full_disk_refuses_are_written_in_order_once_there_is_room(
     assert [(entry["step"], entry["loss"]) for entry in entries(tmp_path)] == [(step, 1 / step) for step in range(1, 6)]
 
 
-def test_lines_for_which_there_is_no_room_to_the_end_are_counted_in_an_error(tmp_path):
-    file = metrics.MetricsFile(tmp_path, enabled=True, say=lambda line: None)
-    with files_of_at_most(0):
-        file.write("train", 1, loss=1.0)
+def test_lines_for_which_there_is_no_room_to_the_end_are_counted_and_go_on_from_a_checkpoint(tmp_path):
+    told = []
+    file = metrics.MetricsFile(tmp_path, enabled=True, say=told.append)
+    file.write("train", 1, loss=1.0)
+    with files_of_at_most(80):
         file.write("train", 2, loss=0.5)
-        with pytest.raises(OSError, match=r"so the last 2 lines are lost: .*metrics\.jsonl"):
-            file.close()
+        taken_along = file.unwritten()
+        file.write("train", 3, loss=0.25)
+        file.close()
+    assert "lacks its last 2 lines (File too large)" in told[-1]
+    for _ in range(2):  # the second time they are there
+        file = metrics.MetricsFile(tmp_path, enabled=True, resumed_from=2, unwritten=taken_along, say=told.append)
+        file.close()
+        assert [(entry["step"], entry["loss"]) for entry in entries(tmp_path)] == [(1, 1.0), (2, 0.5)]
 
 
 def test_a_disk_too_full_for_tensorboard_costs_its_curves_and_not_the_run(tmp_path, monkeypatch):

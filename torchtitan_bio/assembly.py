@@ -210,6 +210,7 @@ def open_run_folder(folder: Path, config: Config, world, step: int, global_batch
         folder,
         enabled=world.rank == 0,
         resume_step=step,
+        unwritten=metrics.unwritten(folder / "checkpoint" / f"step-{step:08d}") if world.rank == 0 else (),
         steps=config.training.steps,
         tokens_per_step=global_batch_size * config.training.seq_len,
         log_freq=config.metrics.log_freq,

@@ -10,7 +10,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,6 +40,8 @@ PEAK_FLOPS = {
     "MI300X": 1307e12,
     "MI250X": 191.5e12,
 }
+
+UNWRITTEN = "unwritten_metrics.json"
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -162,10 +165,10 @@ class _Lines:
 
     def __init__(self, path: Path, say: Callable):
         self._path, self._say, self._is_told = path, say, False
-        self._file, self._waiting = path.open("ab", buffering=0), bytearray()
+        self._file, self._waiting, self._begun = path.open("ab", buffering=0), deque(), 0
 
     def write(self, line: str):
-        self._waiting += line.encode() + b"\n"
+        self._waiting.append(line.encode() + b"\n")
         try:
             self._write_waiting()
         except OSError as error:
@@ -175,32 +178,45 @@ class _Lines:
 
     def _write_waiting(self):
         while self._waiting:
-            num_written = self._file.write(self._waiting)  # of a disk that is nearly full a part
-            del self._waiting[:num_written]
+            self._begun += self._file.write(self._waiting[0][self._begun :])  # of a disk that is nearly full a part
+            if self._begun == len(self._waiting[0]):
+                self._waiting.popleft()
+                self._begun = 0
         if self._is_told:
             self._say(f"{self._path} is whole again")
         self._is_told = False
 
+    def waiting(self) -> list[str]:
+        return [line.decode().rstrip("\n") for line in self._waiting]
+
     def close(self):
-        """OSError if there is still no room: then lines are lost."""
         with self._file:
             try:
                 self._write_waiting()
-            except OSError as error:  # which does not know what it was to hold
-                lost = self._waiting.count(b"\n")
-                raise OSError(error.errno, f"{error.strerror}, so the last {lost} lines are lost", str(self._path)) from error
+            except OSError as error:
+                self._say(
+                    f"warning: {self._path} lacks its last {len(self._waiting)} lines ({error.strerror}); those that the "
+                    "newest checkpoint holds are added when the run is started again"
+                )
 
 
 class MetricsFile:
     """metrics.jsonl in the run folder, one object a line, and TensorBoard's tb/ if asked for. Other ranks than 0 write nothing.
 
     `resumed_from`: the step whose checkpoint this run goes on from, 0 for a fresh start. Lines of steps that run again go, and
-    those of an earlier run in the same folder are set aside. A full disk costs a run its curves in TensorBoard, but no line
-    unless it is still full when the run ends.
+    those of an earlier run in the same folder are set aside. `unwritten`: lines that its checkpoint holds, since there was no
+    room for them here. A full disk costs a run its curves in TensorBoard.
     """
 
     def __init__(
-        self, folder: str | Path, *, enabled: bool, resumed_from: int = 0, tensorboard: bool = False, say: Callable = print
+        self,
+        folder: str | Path,
+        *,
+        enabled: bool,
+        resumed_from: int = 0,
+        unwritten: Sequence[str] = (),
+        tensorboard: bool = False,
+        say: Callable = print,
     ):
         self._lines = self._board = None
         self._say = say
@@ -213,6 +229,11 @@ class MetricsFile:
         elif path.exists() and path.stat().st_size:
             say(f"metrics of an earlier run are kept as {_set_aside(path)}")
         self._lines = _Lines(path, say)
+        if unwritten:
+            there = set(path.read_text(encoding="utf-8").splitlines())  # room may have been found after that checkpoint
+            for line in unwritten:
+                if line not in there:
+                    self._lines.write(line)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -236,7 +257,12 @@ class MetricsFile:
         with suppress(OSError):
             board.close()
 
+    def unwritten(self) -> list[str]:
+        """Lines that wait for room."""
+        return self._lines.waiting() if self._lines else []
+
     def close(self):
+        """Whatever is missing then is told."""
         if self._board is not None:
             try:
                 self._board.close()
@@ -260,6 +286,7 @@ class Metrics:
         *,
         enabled: bool,
         resume_step: int,
+        unwritten: Sequence[str] = (),
         steps: int,
         tokens_per_step: int,
         log_freq: int,
@@ -268,7 +295,9 @@ class Metrics:
         ranks: int = 1,
         say: Callable = print,
     ):
-        self._file = MetricsFile(folder, enabled=enabled, resumed_from=resume_step, tensorboard=tensorboard, say=say)
+        self._file = MetricsFile(
+            folder, enabled=enabled, resumed_from=resume_step, unwritten=unwritten, tensorboard=tensorboard, say=say
+        )
         self._enabled, self._device, self._ranks = enabled, device, ranks
         self._steps, self._tokens_per_step, self._log_freq = steps, tokens_per_step, log_freq
         self._peak = peak_flops(device_name(device))
@@ -369,8 +398,19 @@ class Metrics:
         if self._enabled:
             print("  ".join(words), flush=True)
 
+    def documents(self) -> dict[str, dict]:
+        """What a checkpoint takes along: lines that a full disk keeps waiting. A run that goes on from it writes them."""
+        lines = self._file.unwritten()
+        return {UNWRITTEN: {"lines": lines}} if lines else {}
+
     def close(self):
         self._file.close()
+
+
+def unwritten(step_folder: Path) -> list[str]:
+    """The lines that a checkpoint has taken along."""
+    path = step_folder / UNWRITTEN
+    return json.loads(path.read_bytes())["lines"] if path.exists() else []
 
 
 def read(folder: str | Path) -> list[dict]:

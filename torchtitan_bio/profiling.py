@@ -42,7 +42,12 @@ def _chrome_trace(folder: Path, freq: int, rank: int, start_step: int):
     """One step in freq. The one before it warms the profiler up, whose own start would be the longest event of the trace."""
 
     def write(profiler):
-        profiler.export_chrome_trace(str(folder / f"step-{start_step + profiler.step_num:08d}-rank-{rank}.json.gz"))
+        path = folder / f"step-{start_step + profiler.step_num:08d}-rank-{rank}.json.gz"
+        try:
+            profiler.export_chrome_trace(str(path))
+        except OSError as error:  # a trace is not worth a run: the disk is full, say
+            path.unlink(missing_ok=True)
+            print(f"warning: no trace {path}: {error}", flush=True)
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     plan = schedule(wait=freq - 2, warmup=1, active=1)
