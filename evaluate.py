@@ -91,6 +91,9 @@ def main(loaded: config_loader.Loaded, flags):
     )
     say = distributed.print_on_rank_0(world)
     with exits.blaming_the_input():
+        with world.together("making the folder of results"):
+            if world.rank == 0:
+                make_writable(folder)
         dtype = assembly.compute_dtype(config, world.device)
         attend = choose_attention(config, architecture.head_dim, world, dtype, say)
         held_out = build_held_out(config, world)
@@ -181,9 +184,18 @@ def out_folder(found, flags) -> Path:
         raise ConfigError(f"{found.path} lies in no run folder: --out says where the results go")
     else:
         folder = run / "evaluation"
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; --out names a folder")
     return folder
+
+
+def make_writable(folder: Path):
+    """Make the folder of results and try it: a refusal after hours of scoring would take all of them."""
+    probe = folder / f".{os.getpid()}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as why:
+        raise ConfigError(f"nothing can be written in {folder} ({why}); --out names another folder") from why
 
 
 def steps_of(found, flags) -> list[Path]:
@@ -289,16 +301,20 @@ def finish(folder: Path, records: list[dict], refused: list[str], held_out, plac
         rates = forecast.simple(training, held_out, places) if places else {}
         for each in records if rates else []:
             each["forecast"]["baselines"] = forecast.against(places, each["forecast_nats"], rates)
+            if same := forecast.on_the_same(places, each["forecast_nats"], rates):
+                each["forecast"]["on_the_same_recordings"] = same
     if places:
         print(*forecast.table(records[-1]["forecast"]), sep="\n")
     warnings = [f"not evaluated: {why}" for why in refused]
     warnings += [f"not scored: {name}: {why}" for name, why in held_out.not_scored]
     if places and places.left_out:
         warnings.append(
-            f"not forecast: {len(places.left_out):,} recordings whose windows do not hold context and {places.horizon:,} bins, "
-            f"{places.left_out[0]} among them"
+            f"not forecast: {number_of(places.left_out, 'recording')} whose windows do not hold context and {places.horizon:,} "
+            f"bins, {places.left_out[0]} among them"
         )
-    warnings += [f"baselines leave out {len(names):,} held-out recordings: {reason}" for reason, names in left_out.items()]
+    warnings += [
+        f"baselines leave out {number_of(names, 'held-out recording')}: {reason}" for reason, names in left_out.items()
+    ]
     warnings += contamination.warnings(trained_on(found, config, training), held_out)
     for line in warnings:
         print(f"warning: {line}")
@@ -317,6 +333,10 @@ def finish(folder: Path, records: list[dict], refused: list[str], held_out, plac
         },
     )
     print(f"written: {folder}")
+
+
+def number_of(names: list[str], what: str) -> str:
+    return f"{len(names):,} {what}{'s' if len(names) != 1 else ''}"
 
 
 def fitted_on(config: Config):

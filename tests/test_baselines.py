@@ -248,6 +248,11 @@ def test_the_command_prints_the_ladder_of_a_data_set_and_names_what_it_leaves_ou
     assert title == "held-out bits/spike" and len(rungs) == 6
     assert any(line.endswith("0.000") and "Poisson null (oracle)" in line for line in rungs)
     assert last.startswith("no training data of their session: 1 of 2 held-out recordings (c);")
+    (tmp_path / "test/b.npz").unlink()
+    baselines.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "held-out bits/spike" not in lines and lines[-1].startswith("no baseline: no held-out recording with a spike")
+    assert "1 of 1 held-out recordings (c)" in lines[-2]
     monkeypatch.setattr("sys.argv", [*words, "-1"])
     with pytest.raises(SystemExit, match="2"):
         baselines.main()

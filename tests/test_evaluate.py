@@ -21,7 +21,7 @@ from torchtitan_bio.checkpoint import Checkpointer
 from torchtitan_bio.config import Config, ConfigError, Data, Parallelism, Training
 from torchtitan_bio.data import spikes
 from torchtitan_bio.models.llama3 import Model
-from torchtitan_bio.science import baselines, contamination, evaluation
+from torchtitan_bio.science import baselines, contamination, drawing, evaluation, score_plots
 from torchtitan_bio.science.scores import SpikeScores
 
 ARCHITECTURE = dataclasses.replace(SMALL, num_layers=2, vocab_size=256, rope_theta=77.0, rope_scaling_factor=4.0)
@@ -201,6 +201,73 @@ def test_recordings_sessions_and_benchmarks_that_the_model_was_trained_on_are_to
     assert len(contamination.seen_again(train_data.index, parts["test"])) == 2  # it is stored twice
 
 
+def test_the_model_and_baselines_are_compared_on_the_recordings_that_have_training_data_and_on_no_others(
+    run, tmp_path, monkeypatch, capsys
+):
+    """With a session that was not trained on beside it, all comparisons stay what they are without it."""
+    drawn, line = {}, drawing.Axes.line
+    monkeypatch.setattr(
+        drawing.Axes,
+        "line",
+        lambda axes, x, y, *rest, label="", **how: drawn.update({label: y}) or line(axes, x, y, *rest, **how),
+    )
+    random = np.random.default_rng(0)
+    for split, session, mean in (("train", "1", 0.5), ("train", "2", 0.5), ("test", "1", 0.5), ("test", "2", 0.0)):
+        write_recording(tmp_path / "data", split, session, random.poisson(mean, (3, 60)).astype(np.uint8), session=session)
+    words = ["--data", tmp_path / "data", "--by", "session", *"--rollouts 2 --prompts 100 --horizon 2".split()]
+    fewer = evaluated(run, tmp_path / "fewer", *words)
+    levels = {name for name in drawn if name == "per-neuron histogram"}
+    write_recording(tmp_path / "data", "test", "3", random.poisson(2.5, (3, 60)).astype(np.uint8), session="3")
+    drawn.clear()
+    capsys.readouterr()
+    found = evaluated(run, tmp_path / "found", *words)
+    said = capsys.readouterr().out
+
+    (record,), (other,) = found["checkpoints"], fewer["checkpoints"]
+    assert record["scores"]["bits_per_spike"] != pytest.approx(other["scores"]["bits_per_spike"], rel=0.1)
+    assert list(record["groups"]) == ["m1-a/s/1", "m1-a/s/2", "m1-a/s/3"]
+    assert record["groups"]["m1-a/s/2"]["bits_per_spike"] is None
+    # The session without a spike is in the ladder of all, and has none of its own.
+    assert list(found["baselines"]) == list(fewer["baselines"]) == ["all", "m1-a/s/1"]
+    lost = [ladder.pop("counts_left_out") for each in (found, fewer) for ladder in each["baselines"].values()]
+    assert lost == [3 * 60, 0, 0, 0]
+    assert numbers(found["baselines"]) == pytest.approx(numbers(fewer["baselines"]), rel=1e-9, abs=1e-12)
+    ladder = fewer["baselines"]["all"]
+    assert ladder["model"]["bits_per_spike"] == pytest.approx(other["scores"]["bits_per_spike"], rel=1e-12)
+    for rung in ladder["rungs"]:
+        assert rung["model_ahead"] == pytest.approx(ladder["model"]["bits_per_spike"] - rung["bits_per_spike"], rel=1e-9)
+    # So are the forecasts, whose windows come first in both.
+    ahead, same = record["forecast"], record["forecast"]["on_the_same_recordings"]
+    assert (
+        "on_the_same_recordings" not in other["forecast"] and ahead["prompts"] > same["prompts"] == other["forecast"]["prompts"]
+    )
+    assert {name: same[name] for name in ("fp_bits_per_spike", "together")} == {
+        name: other["forecast"][name] for name in ("fp_bits_per_spike", "together")
+    }
+    assert ahead["baselines"] == other["forecast"]["baselines"]
+    for each in ahead["baselines"].values():
+        lead = same["together"]["fp_bits_per_spike"] - each["together"]["fp_bits_per_spike"]
+        assert each["model_ahead"]["together"]["fp_bits_per_spike"] == pytest.approx(lead, rel=1e-9)
+    # Words and pictures: what stands side by side is of the same counts.
+    assert said.count("\n  this model, on the same recordings") == 2 and "baselines leave out 1 held-out recording: no" in said
+    assert levels and not levels & drawn.keys()
+    (curve,) = (y for name, y in drawn.items() if name.endswith("with training data"))
+    assert list(curve) == same["fp_bits_per_spike"]
+    ladders = {name: each | {"counts_left_out": 180} for name, each in found["baselines"].items()}
+    legends, legend = [], drawing.Axes.legend
+    monkeypatch.setattr(
+        drawing.Axes, "legend", lambda axes, **how: legends.append([name for name, _ in axes.labels]) or legend(axes, **how)
+    )
+    score_plots.draw_groups(found | {"baselines": ladders})
+    score_plots.draw_groups(fewer | {"baselines": {name: each | {"counts_left_out": 0} for name, each in ladders.items()}})
+    assert legends == [["this model"], ["this model", "best baseline"]]
+    drawn.clear()
+    score_plots.draw_learning(found | {"baselines": ladders})
+    assert "this model" in drawn and not levels & drawn.keys()
+    score_plots.draw_learning(fewer | {"baselines": {name: each | {"counts_left_out": 0} for name, each in ladders.items()}})
+    assert levels <= drawn.keys()
+
+
 def test_a_subset_of_windows_is_compared_with_baselines_on_the_same_bins(run, whole, tmp_path):
     result = evaluated(run, tmp_path, "--windows", 20)
     scores, ladder = result["checkpoints"][0]["scores"], result["baselines"]["all"]
@@ -208,6 +275,25 @@ def test_a_subset_of_windows_is_compared_with_baselines_on_the_same_bins(run, wh
     assert ladder["model"]["bits_per_spike"] == pytest.approx(scores["bits_per_spike"], rel=1e-12)
     assert result["checkpoints"][0]["ideal"]["gap"] != whole["checkpoints"][0]["ideal"]["gap"]
     assert [rung["name"] for rung in ladder["rungs"]] == [rung["name"] for rung in whole["baselines"]["all"]["rungs"]]
+
+
+@pytest.mark.parametrize("out", ["/proc/nope", "a-file", "a-file/in/it"])
+def test_a_folder_of_results_that_cannot_be_written_is_refused_before_a_model_is_loaded(run, tmp_path, monkeypatch, out):
+    (tmp_path / "a-file").touch()
+    monkeypatch.setattr(evaluate.trained, "load", None)
+    with pytest.raises(ConfigError, match=f"nothing can be written in .*{out}.*--out names another folder"):
+        try:
+            evaluated(run, tmp_path / out)
+        finally:
+            distributed.stop()
+
+
+def test_a_column_is_as_wide_as_its_widest_cell_wants():
+    rungs = [{"name": "null", "bits_per_spike": 0.0, "standard_error": 0.0} | {"model_ahead": -9988.122}]
+    rungs[0]["model_ahead_standard_error"] = 9911.619
+    ladder = {"model": {"bits_per_spike": -9988.122, "standard_error": 9911.619}, "rungs": rungs, "counts_left_out": 0}
+    _, head, model, null = evaluation.ladder_lines(ladder)
+    assert "-9988.122 +- 9911.619" in model and len(null) == len(head) and null.index(" 0.000") + 15 == len(model)
 
 
 def test_forecasts_are_asked_for_by_their_rollouts(capsys):

@@ -139,11 +139,18 @@ def test_a_score_of_some_windows_says_so(data, tmp_path):
 
 def test_held_out_recordings_without_training_data_of_their_session_are_told_also_from_the_file(tmp_path, monkeypatch):
     write_recordings(tmp_path, [("train", "one"), ("test", "one"), ("test", "two")])
+    np.savez(tmp_path / "test" / "wide.npz", spike_counts=np.ones((30, 5), np.uint8))  # for no window, so for no model
     data = build(tmp_path)
+    assert [name for name, _ in data[1].not_scored] == ["wide"]
     first = shown(tmp_path / "ladder.json", data, a_score(data[1]))
     monkeypatch.setattr(baselines, "ladder", no_fit)
     for lines in (first, shown(tmp_path / "ladder.json", data, a_score(data[1]))):
         assert "1 of 2 held-out recordings (two)" in lines[-1] and "no training data of their session" in lines[-1]
+        name, best = rungs(lines)[-2]  # the model has 0.5, and more than any baseline
+        assert lines[-2].startswith(
+            f"this model's 0.500 bits/spike and the {best:.3f} of the best baseline, {name}, are of other"
+        )
+        assert not any("best baseline" in line and ("above" in line or "below" in line) for line in lines)
 
 
 def test_with_no_session_in_common_the_model_stands_alone(tmp_path):

@@ -177,6 +177,27 @@ def test_a_leak_of_a_billionth_is_measured_and_not_rounded_to_zero():
     assert terms["nll"][0] == pytest.approx(log(255), rel=1e-6)
 
 
+def test_a_larger_vocabulary_wastes_on_its_other_tokens_what_it_gives_them_and_is_scored_as_it_divides_counts():
+    logits = torch.randn(9, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.tensor([3, 0, 254, 9, 17, 30, 2, 1, 100])
+    p = logits.softmax(1).numpy()
+    of_counts = p[:, :255].sum(1)
+    q = p[:, :255] / of_counts[:, None]
+    terms = scores.token_terms(logits, torch.arange(9), labels)
+    expected = {
+        "nll": -np.log(q[range(9), labels]),
+        "leak": -np.log(of_counts),
+        "nll_bos": -np.log(p[:, 255]),
+        "mean": q @ np.arange(255),
+        "below": [row[:label].sum() for row, label in zip(q, labels, strict=True)],
+    }
+    for name, values in expected.items():
+        assert terms[name] == pytest.approx(values, rel=1e-12)
+    # Whatever the other tokens are given, counts that are divided alike score alike.
+    alike = scores.token_terms(logits[:, :256], torch.arange(9), labels)
+    assert all(alike[name] == pytest.approx(terms[name], rel=1e-12) for name in ("nll", "mean", "below"))
+
+
 def test_a_model_that_knows_nothing_pays_ln_255_a_count(dataset):
     model = scores.SpikeScores(dataset)
     for batch in loader.finite(dataset, local_batch_size=4, rank=0, world_size=1):
@@ -319,6 +340,34 @@ def test_cells_are_recordings_where_there_are_enough_and_stretches_of_equally_ma
     assert sizes.tolist() == [20] * 9 + [19] + [5] * 9 + [4]  # 199 and 49 windows, 10 stretches each
     assert found.clusters(few)[0].startswith("stretches") and len(found.row) == 12 + len(few)
     assert found.clusters(np.arange(len(found.row)))[0] == "recordings"
+
+
+@pytest.mark.parametrize("lengths", [[400, 100], [9, 41, 43, 60], [200] * 9, [20] * 12, [23]])
+def test_what_is_independent_among_all_counts_does_not_depend_on_how_they_are_grouped(tmp_path, lengths):
+    (tmp_path / "test").mkdir()
+    for number, t in enumerate(lengths):
+        np.savez(
+            tmp_path / "test" / f"{number:02}.npz",
+            spike_counts=np.ones((2, t), np.uint8),
+            source_dataset="ab"[number % 2],
+            subject_id=str(number % 3),
+            session_id=str(number),
+        )
+    data = spikes.build(source=str(tmp_path), split="test", mode="aligned", overlap=True, seq_len=12)  # 4 bins, 2 apart
+    found = []
+    for by in units.GROUPINGS:
+        cells = units.by_recording(data, by)
+        of_window = np.array([cells.cell(data.origin(i)) for i in range(len(data))])
+        assert set(of_window) == set(range(len(cells.row)))
+        for group in range(len(cells.groups)):  # cells are fine enough: of a group about 20 stretches, or all its windows
+            own = np.flatnonzero(cells.group == group)
+            windows = np.isin(of_window, own).sum()
+            if cells.clusters(own)[0] != "recordings":
+                assert len(own) == len(np.unique(cells.clusters(own)[1])) >= min(windows, 10)
+        kind, clusters = cells.clusters(of_window)
+        assert kind == ("recordings" if len(lengths) > 9 else "stretches of consecutive windows")
+        found.append(np.unique(clusters, return_inverse=True)[1].tolist())
+    assert found[1:] == found[:1] * 3 and max(found[0]) + 1 <= 27  # of 9 recordings 3 stretches each
 
 
 @pytest.mark.parametrize(

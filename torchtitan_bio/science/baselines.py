@@ -356,7 +356,7 @@ def main():
     for name, reason in dict.fromkeys([*train.malformed, *held_out.malformed]):  # split_by pools what both are made of
         print(f"{name} is malformed and left out: {reason}")
     found = fit(train, held_out, print)
-    print(*table(found), *unmatched(found), sep="\n")
+    print(*(table(found) if found.rungs else []), *unmatched(found), sep="\n")
     if not found.rungs:
         print("no baseline: no held-out recording with a spike is of a session that has training data")
 

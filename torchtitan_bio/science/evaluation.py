@@ -5,6 +5,7 @@ recordings (units.py). The oracle null is taken as given.
 """
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import log
 
 from torchtitan_bio.science import baselines, ring_hmm_floor, units
@@ -13,6 +14,7 @@ from torchtitan_bio.science.scores import CellSums, SpikeScores
 
 GROUPS_SHOWN = 40
 UNIT = "bits_per_spike"
+COLUMN = 17  # characters, of a score with its error; where one wants more, its column is wider
 
 
 class Scorer:
@@ -72,19 +74,27 @@ def against_ideal(dataset, numbers, by: str, measured: Measured, window_nll) -> 
 def against_baselines(dataset, numbers, measured: Measured, scored: baselines.Scored) -> dict:
     """The model and the baselines on the same bins: those of the recordings that baselines could be fitted for.
 
-    numbers: the windows that were scored. {"all": ladder, and the name of each group where there are several: its own}.
+    numbers: the windows that were scored. {"all": ladder, and the name of each group where there are several: its own}; a group
+    without a spike in those recordings has none. A ladder's "counts_left_out" are of the group's other recordings: its "model"
+    is the model's score of the group only where there are none.
     """
+    scored_counts = {name: scores["counts"] for name, scores in by_group(measured.cells).items()}
     found = scored.on(measured.cells.units, scored_bins(dataset, numbers))
     own = {name: bits_per_spike(cells) for name, cells in found.items()}
     ahead = {name: bits_per_spike(measured.cells.over(cells)) for name, cells in found.items()}
     return {
-        group: {"model": model, "rungs": [_rung(name, own[name][group], ahead[name][group]) for name in found]}
+        group: {
+            "model": {name: model[name] for name in (UNIT, "standard_error")},
+            "rungs": [_rung(name, own[name][group], ahead[name][group]) for name in found],
+            "counts_left_out": scored_counts[group] - model["counts"],
+        }
         for group, model in ahead.get(baselines.NULL, {}).items()  # ahead of the null is what the model has itself
         if model[UNIT] is not None
     }
 
 
 def _rung(name, own, ahead):
+    own = {key: own[key] for key in (UNIT, "standard_error")}
     return {"name": name, **own, "model_ahead": ahead[UNIT], "model_ahead_standard_error": ahead["standard_error"]}
 
 
@@ -100,12 +110,17 @@ def scored_bins(dataset, numbers) -> list[tuple]:
 
 
 def bits_per_spike(cells: CellSums) -> dict:
-    """Bits/spike with the standard error, of "all" and of each group where there are several."""
-    scores = cells.scores(with_errors=True)
+    """Bits/spike with the standard error and the number of counts, of "all" and of each group where there are several."""
     return {
-        name: {UNIT: each[UNIT], "standard_error": each["standard_errors"][UNIT]}
-        for name, each in {"all": scores, **scores.get("sources", {})}.items()
+        name: {UNIT: each[UNIT], "standard_error": each["standard_errors"][UNIT], "counts": each["counts"]}
+        for name, each in by_group(cells).items()
     }
+
+
+def by_group(cells: CellSums) -> dict[str, dict]:
+    """Scores of "all" and of each group where there are several."""
+    scores = cells.scores(with_errors=True)
+    return {"all": scores, **scores.get("sources", {})}
 
 
 # ---- the console
@@ -114,11 +129,11 @@ def bits_per_spike(cells: CellSums) -> dict:
 def table(record: dict) -> list[str]:
     """Scores of all, of the mean, of each group."""
     head = ("bits/spike", "over histogram", "of rates", "bits/count", "nats/count", "spikes")
-    lines = ["", f"{'held-out':<34}" + "".join(f" {word:>17}" for word in head)]
     rows = {"all counts": record["scores"]}
     if "groups" in record:
         shown = sorted(record["groups"].items(), key=lambda each: -each[1]["spikes"])[:GROUPS_SHOWN]
         rows |= {f"mean of {len(record['groups'])} groups": record["macro"], **dict(shown)}
+    cells = [("held-out", head)]
     for name, scores in rows.items():
         name = name or "(no name)"
         errors = scores.get("standard_errors", {})
@@ -127,9 +142,8 @@ def table(record: dict) -> list[str]:
             for key in ("bits_per_spike", "bits_per_spike_hist", "bits_per_spike_rate", "bits_per_count", "nll")
         ]
         columns.append(f"{scores['spikes']:,}" if "spikes" in scores else "")
-        lines.append(
-            f"  {name if len(name) <= 32 else f'...{name[-29:]}':<32}" + "".join(f" {column:>17}" for column in columns)
-        )
+        cells.append((f"  {name if len(name) <= 32 else f'...{name[-29:]}'}", columns))
+    lines = ["", *in_columns(cells, 34)]
     if len(record.get("groups", {})) > GROUPS_SHOWN:
         lines.append(f"  ... those with most spikes; all {len(record['groups'])} are in evaluation.json")
     scores = record["scores"]
@@ -164,14 +178,22 @@ def ideal_lines(ideal: dict) -> list[str]:
 
 def ladder_lines(ladder: dict) -> list[str]:
     """The model among the baselines, the best one last, with how far it is ahead of each."""
-    rungs = [*ladder["rungs"], {"name": "this model", **ladder["model"]}]
-    lines = ["", f"{'held-out bits/spike':<46}{'':>16}{'model ahead by':>20}"]
-    for rung in sorted(rungs, key=lambda rung: rung["bits_per_spike"]):
+    name = "this model, on the same recordings" if ladder["counts_left_out"] else "this model"
+    cells = [("held-out bits/spike", ["", "model ahead by"])]
+    for rung in sorted([*ladder["rungs"], {"name": name, **ladder["model"]}], key=lambda rung: rung[UNIT]):
         ahead = with_error(rung["model_ahead"], rung["model_ahead_standard_error"]) if "model_ahead" in rung else ""
-        lines.append(
-            f"  {rung['name']:<44}{with_error(rung['bits_per_spike'], rung['standard_error']):>16}{ahead:>20}".rstrip()
-        )
-    return lines
+        cells.append((f"  {rung['name']}", [with_error(rung[UNIT], rung["standard_error"]), ahead]))
+    return ["", *in_columns(cells, 46)]
+
+
+def in_columns(rows: list[tuple[str, list[str]]], name_width: int) -> list[str]:
+    """A line for each (name, cells), the cells to the right of columns that hold the widest of them."""
+    columns = zip_longest(*(cells for _, cells in rows), fillvalue="")
+    widths = [max(COLUMN, *map(len, column)) for column in columns]
+    return [
+        (f"{name:<{name_width}}" + "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths, strict=False))).rstrip()
+        for name, cells in rows
+    ]
 
 
 def with_error(value, error) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from torchtitan_bio.data import keyed
 from torchtitan_bio.data.ring_hmm import RingHMM
 from torchtitan_bio.science import baselines, sampling, units
+from torchtitan_bio.science.evaluation import in_columns
 
 HORIZON = 25  # bins, where windows hold twice as many
 PROMPTS = 64
@@ -302,6 +303,12 @@ def against(places: Places, model, rates: dict[str, dict[int, np.ndarray]]) -> d
     return result
 
 
+def on_the_same(places: Places, model, rates: dict[str, dict[int, np.ndarray]]) -> dict | None:
+    """The model's curve at the places that baselines have rates for; None where that is all of them or none."""
+    chosen = sorted(set().union(*rates.values()))
+    return curve(places, places.null - model, chosen) if 0 < len(chosen) < len(model) else None
+
+
 def how(found: dict) -> str:
     """The forecast was made, in words."""
     least, most = found["context_bins"]
@@ -317,22 +324,20 @@ def line(found: dict) -> str:
 def table(found: dict) -> list[str]:
     """Bits/spike by horizon: the model among what else forecasts, the best one last."""
     shown = sorted({*_powers_of_two(found["horizon"])[::2], found["horizon"]})
-    names = {**found.get("baselines", {}), "this model": found} | (
-        {"best possible": found["ideal"]} if "ideal" in found else {}
-    )
-    heads = [*(f"{bin} ahead" for bin in shown), "all", "model ahead by"]
-    lines = [
-        "",
-        f"forecast: bits/spike of rates, {how(found)}",
-        f"{'':<20}" + "".join(f" {head:>17}" for head in heads),
-    ]
+    same, ideal = found.get("on_the_same_recordings"), found.get("ideal")
+    names = {**found.get("baselines", {}), "this model": found}
+    names |= ({"this model, on the same recordings": same} if same else {}) | ({"best possible": ideal} if ideal else {})
+    rows = [("", [*(f"{bin} ahead" for bin in shown), "all", "model ahead by"])]
     for name, each in sorted(names.items(), key=lambda named: named[1]["together"]["fp_bits_per_spike"] or 0):
         pairs = list(zip(each["fp_bits_per_spike"], each["standard_error"], strict=True))
         cells = [*(_figure(*pairs[bin - 1]) for bin in shown), _figure(*each["together"].values())]
         ahead = [_figure(*each["model_ahead"]["together"].values())] if "model_ahead" in each else []
-        lines.append(f"  {name:<18}" + "".join(f" {cell:>17}" for cell in [*cells, *ahead]))
-    if "ideal" in found:
-        behind = found["ideal"]["model_behind"]["together"]
+        rows.append((f"  {name}", [*cells, *ahead]))
+    lines = ["", f"forecast: bits/spike of rates, {how(found)}", *in_columns(rows, max(20, *(len(name) for name, _ in rows)))]
+    if same:
+        lines.append(f"  baselines, and what the model is ahead by, are of the {same['prompts']} contexts with training data")
+    if ideal:
+        behind = ideal["model_behind"]["together"]
         lines.append(f"  the model is {_figure(*behind.values())} bits/spike behind the best possible forecast")
     return lines
 

@@ -56,10 +56,15 @@ def table(ladder: Ladder, *models) -> list[str]:
 
 
 def verdict(ladder: Ladder, value: float, part: bool) -> list[str]:
-    """How the model stands to the best baseline, and why the comparison may limp."""
+    """How the model stands to the best baseline, or why that cannot be told."""
     lines = []
-    if ladder.rungs:
-        name, best = max(ladder.rungs, key=lambda rung: rung[1])
+    name, best = max(ladder.rungs, key=lambda rung: rung[1], default=("", 0.0))
+    if ladder.rungs and ladder.left_out:
+        lines.append(
+            f"this model's {value:.3f} bits/spike and the {best:.3f} of the best baseline, {name}, are of other recordings, "
+            "and do not tell which is better: evaluate.py compares them on the same"
+        )
+    elif ladder.rungs:
         side = "above" if value > best else "below"
         lines.append(f"this model is {abs(value - best):.3f} bits/spike {side} the best baseline, {name}")
     if ladder.rungs and part:

@@ -39,7 +39,7 @@ def draw_context(result: dict) -> drawing.Figure:
     low, high = ([None if v is None else v + side * e for v, e in zip(values, errors, strict=True)] for side in (-2, 2))
     ideal = last["ideal"]["curves"]["all"]["context"]["bits_per_spike"] if "ideal" in last else []
     levels = _levels(result)
-    figure = drawing.Figure(760, 470, "what context buys")
+    figure = drawing.Figure(760, 470, "what context buys" + _why_no_levels(result))
     axes = figure.axes(
         (76, 66, 740, 404),
         x=(min(middle) * 0.9, max(middle[-1] * 1.1, 2)),
@@ -108,18 +108,23 @@ def draw_calibration(pit: dict) -> drawing.Figure:
 
 
 def draw_forecast(result: dict) -> drawing.Figure:
-    """Bits/spike of rates by how many bins ahead they lie, beside those of baselines, with two standard errors."""
+    """Bits/spike of rates by how many bins ahead they lie, beside those of baselines, with two standard errors.
+
+    All curves are of the same contexts: where baselines leave some out, those that they have.
+    """
     found = result["checkpoints"][-1]["forecast"]
-    curves = {"this model": found, **found.get("baselines", {})}
-    if "ideal" in found:
+    same = found.get("on_the_same_recordings")
+    model = f"this model, in the {same['prompts']} of these with training data" if same else "this model"
+    curves = {model: same or found, **found.get("baselines", {})}
+    if "ideal" in found and not same:
         curves["best possible"] = found["ideal"]
     colors = {"mean rate": drawing.GREY, "recent rate": drawing.ORANGE, "best possible": drawing.GREEN}
-    colors["this model"] = drawing.BLUE  # drawn last
+    colors[model] = drawing.BLUE  # drawn last
     bins = np.arange(1, found["horizon"] + 1)
     values = {name: _floats(curve["fp_bits_per_spike"]) for name, curve in curves.items()}
-    reach = 2 * np.nan_to_num(_floats(found["standard_error"]))
-    low, high = values["this model"] - reach, values["this model"] + reach
-    least = LEAST_SHOWN if np.nanmax(values["this model"]) > LEAST_SHOWN else -math.inf
+    reach = 2 * np.nan_to_num(_floats(curves[model]["standard_error"]))
+    low, high = values[model] - reach, values[model] + reach
+    least = LEAST_SHOWN if np.fmax.reduce(values[model]) > LEAST_SHOWN else -math.inf
     figure = drawing.Figure(760, 440, f"forecast: {how(found)}")
     axes = figure.axes(
         (76, 66, 740, 374),
@@ -134,7 +139,7 @@ def draw_forecast(result: dict) -> drawing.Figure:
         axes.line((bin, bin), (below, above), drawing.BLUE, width=1)
     for name in sorted(curves, key=list(colors).index):
         axes.line(bins, values[name], colors[name], label=name)
-    axes.points(bins, values["this model"], drawing.BLUE)
+    axes.points(bins, values[model], drawing.BLUE)
     axes.legend(above=True)
     return figure
 
@@ -145,11 +150,13 @@ def _bin_width(result: dict) -> str:
 
 
 def draw_groups(result: dict) -> drawing.Figure:
-    """A bar a group, the largest groups where there are many, with two standard errors, and its best baseline."""
+    """A bar a group, the largest groups where there are many, with two standard errors, and its best baseline if that is of
+    the same counts."""
     groups, ladders = result["checkpoints"][-1]["groups"], result["baselines"]
     known = [name for name in groups if groups[name]["bits_per_spike"] is not None]
     shown = sorted(known, key=lambda name: -groups[name]["spikes"])[:GROUPS_SHOWN]
-    best = {name: max(rung["bits_per_spike"] for rung in ladders[name]["rungs"]) for name in shown if name in ladders}
+    whole = [name for name in shown if name in ladders and not ladders[name]["counts_left_out"]]
+    best = {name: max(rung["bits_per_spike"] for rung in ladders[name]["rungs"]) for name in whole}
     values = [groups[name]["bits_per_spike"] for name in shown]
     errors = [groups[name]["standard_errors"]["bits_per_spike"] or 0.0 for name in shown]
     reach = [value + side * 2 * error for value, error in zip(values, errors, strict=True) for side in (-1, 1)]
@@ -186,7 +193,7 @@ def draw_learning(result: dict) -> drawing.Figure:
     levels = _levels(result)
     ideal = {"ideal observer": records[-1]["ideal"]["bits_per_spike"]} if "ideal" in records[-1] else {}
     reach = [value + side * error for value, error in zip(values, errors, strict=True) for side in (-1, 1)]
-    figure = drawing.Figure(760, 440, "learning")
+    figure = drawing.Figure(760, 440, "learning" + _why_no_levels(result))
     axes = figure.axes(
         (76, 66, 740, 374),
         x=(0, max(steps) * 1.03),
@@ -207,12 +214,19 @@ def draw_learning(result: dict) -> drawing.Figure:
 
 
 def _levels(result: dict) -> dict[str, float]:
-    """Baselines that are drawn as lines across: the histogram and the best."""
-    if "all" not in result["baselines"]:
+    """Baselines that are drawn as lines across: the histogram and the best. None where they are of fewer counts than the
+    curve, which may cost more or less than the others."""
+    if "all" not in result["baselines"] or result["baselines"]["all"]["counts_left_out"]:
         return {}
     rungs = {rung["name"]: rung["bits_per_spike"] for rung in result["baselines"]["all"]["rungs"]}
     best = max(rungs, key=rungs.get)
     return {name: rungs[name] for name in dict.fromkeys(("per-neuron histogram", best)) if name in rungs}
+
+
+def _why_no_levels(result: dict) -> str:
+    """To go on with in a title."""
+    left_out = result["baselines"].get("all", {}).get("counts_left_out")
+    return f" (no baselines: they leave out {left_out:,} of these counts)" if left_out else ""
 
 
 def _classes(curve: dict, what: str):

@@ -1,9 +1,10 @@
 """How well a model predicts held-out spike counts, in numbers that mean the same for every recording.
 
 Nats a token hide everything: the separator is nearly free, and the number of neurons sets its share. So a count is scored by
-q(k) = p(k) / (1 - p(separator)), and beside it stand two nulls that know each neuron's own held-out counts: Poisson with its
-mean (the null of the Neural Latents Benchmark, oracle included) and its histogram. A model of the token stream conditions on
-the earlier neurons of the same bin: the sum over a bin is its joint likelihood, and a single term is no forecast.
+q(k), its probability given that the token is a count, and beside it stand two nulls that know each neuron's own held-out
+counts: Poisson with its mean (the null of the Neural Latents Benchmark, oracle included) and its histogram. A model of the
+token stream conditions on the earlier neurons of the same bin: the sum over a bin is its joint likelihood, and a single term
+is no forecast.
 """
 
 from dataclasses import dataclass, replace
@@ -133,23 +134,23 @@ class SpikeScores:
 
 
 def token_terms(logits, places, labels) -> dict[str, np.ndarray]:
-    """Of the logits (tokens, vocabulary) at `places`, float64 on the CPU: `nll` = -ln q(label), `leak` = -ln(1 - p(separator)),
-    `nll_bos` = -ln p(separator), `mean` = sum of k q(k), `below` = sum of q(k) over k < label. Computed in fp32 on the logits'
-    device, chunk by chunk."""
+    """Of the logits (tokens, vocabulary) at `places`, float64 on the CPU: `nll` = -ln q(label), `leak` = -ln p(a count),
+    `nll_bos` = -ln p(separator), `mean` = sum of k q(k), `below` = sum of q(k) over k < label. What a larger vocabulary gives
+    to tokens beyond the separator is leak as well. Computed in fp32 on the logits' device, chunk by chunk."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     chunks = []
     for chunk, label in zip(places.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True):
         scores = logits[chunk.to(logits.device)].to(dtype)
-        separator = scores[:, SEPARATOR].clone()
-        scores[:, SEPARATOR] = -torch.inf
-        others = scores.logsumexp(1)
+        of_counts, separator = scores[:, :NUM_COUNTS].logsumexp(1), scores[:, SEPARATOR]
+        beyond = scores[:, SEPARATOR + 1 :].logsumexp(1)  # -inf where there is nothing
         counts = torch.arange(NUM_COUNTS, device=scores.device, dtype=dtype)
         label = label.to(scores.device)[:, None]
-        q = (scores[:, :NUM_COUNTS] - others[:, None]).exp()
+        q = (scores[:, :NUM_COUNTS] - of_counts[:, None]).exp()
         mean, below = q @ counts, (q * (counts < label)).sum(1)
-        nll = others - scores.gather(1, label).squeeze(1)
+        nll = of_counts - scores.gather(1, label).squeeze(1)
         # ln(1 + exp(difference)), because 1 - p would lose what is left of a leak of 1e-8
-        leak, nll_bos = softplus(separator - others, threshold=50), softplus(others - separator, threshold=50)
+        leak = softplus(torch.logaddexp(separator, beyond) - of_counts, threshold=50)
+        nll_bos = softplus(torch.logaddexp(of_counts, beyond) - separator, threshold=50)
         chunks.append(torch.stack([nll, leak, nll_bos, mean.clamp(min=torch.finfo(dtype).tiny), below]).double().cpu())
     table = torch.cat(chunks, dim=1).numpy() if chunks else np.zeros((5, 0))
     return dict(zip(("nll", "leak", "nll_bos", "mean", "below"), table, strict=True))

@@ -30,18 +30,30 @@ class Units:
     first_cell: np.ndarray
     """Of each recording."""
     bins_a_cell: np.ndarray
-    """Of each recording: a window that begins within the first so many bins is in its first cell, and so on."""
+    """Of each recording: a window that begins within the first so many bins of a block is in its first cell, and so on."""
+    bins_a_block: np.ndarray
+    """Of each recording: a block is a stretch of all recordings together, and a whole number of cells."""
 
     def cell(self, origin) -> int:
         """Of a window by its origin, (row, first bin)."""
         row, begin = origin
-        return int(self.first_cell[row] + begin // self.bins_a_cell[row])
+        block, inside = divmod(begin, self.bins_a_block[row])
+        cells_a_block = -(-self.bins_a_block[row] // self.bins_a_cell[row])
+        return int(self.first_cell[row] + block * cells_a_block + inside // self.bins_a_cell[row])
 
     def clusters(self, cells) -> tuple[str, np.ndarray]:
-        """(what is taken as independent among these cells of one group or all, the cluster of each)."""
-        if len(np.unique(self.row[cells])) >= ENOUGH_RECORDINGS:
-            return "recordings", self.row[cells]
-        return "stretches of consecutive windows", np.asarray(cells)
+        """(what is taken as independent among these cells of one group or all, the cluster of each).
+
+        Cells are as fine as their group wants. All together are of more recordings, each in fewer and longer stretches, and an
+        error by the cells would depend on how they are grouped: so neighbours are merged.
+        """
+        row = self.row[cells]
+        num_recordings = len(np.unique(row))
+        if num_recordings >= ENOUGH_RECORDINGS:
+            return "recordings", row
+        first, num_cells = self.first_cell[row], np.bincount(self.row, minlength=len(self.first_cell))[row]
+        merged = -(-num_cells // stretches_of(num_recordings))
+        return "stretches of consecutive windows", first + (cells - first) // merged
 
 
 def by_session(dataset) -> Units:
@@ -57,6 +69,7 @@ def by_session(dataset) -> Units:
         row=first_row,
         first_cell=cell.reshape(-1),
         bins_a_cell=np.full(len(populations), np.iinfo(np.int64).max),
+        bins_a_block=np.full(len(populations), np.iinfo(np.int64).max),
     )
 
 
@@ -65,10 +78,13 @@ def by_recording(dataset, by: str = "source_dataset") -> Units:
     windows = dataset.windows
     distinct, population = np.unique(populations_of(dataset), axis=0, return_inverse=True)
     groups, group = np.unique(labels(dataset.index, by), return_inverse=True)
-    recordings = np.bincount(group[windows.num_windows > 0], minlength=len(groups))[group]
-    stretches = np.where(recordings >= ENOUGH_RECORDINGS, 1, -(-STRETCHES // np.maximum(1, recordings)))
-    windows_a_cell = np.maximum(1, -(-windows.num_windows // stretches))
-    num_cells = -(-windows.num_windows // windows_a_cell)
+    is_read = windows.num_windows > 0
+    of_group = stretches_of(np.bincount(group[is_read], minlength=len(groups)))[group]
+    of_all = stretches_of(is_read.sum())
+    windows_a_block = np.maximum(1, -(-windows.num_windows // of_all))
+    windows_a_cell = -(-windows_a_block // (of_group // of_all))
+    blocks, rest = np.divmod(windows.num_windows, windows_a_block)
+    num_cells = blocks * -(-windows_a_block // windows_a_cell) + -(-rest // windows_a_cell)
     row = np.repeat(np.arange(len(num_cells)), num_cells)
     return Units(
         groups=groups.tolist(),
@@ -78,7 +94,13 @@ def by_recording(dataset, by: str = "source_dataset") -> Units:
         row=row,
         first_cell=np.cumsum(num_cells) - num_cells,
         bins_a_cell=windows_a_cell * windows.stride,
+        bins_a_block=windows_a_block * windows.stride,
     )
+
+
+def stretches_of(num_recordings):
+    """Into how many stretches each of so many recordings is cut."""
+    return np.where(num_recordings >= ENOUGH_RECORDINGS, 1, -(-STRETCHES // np.maximum(1, num_recordings)))
 
 
 def populations_of(dataset) -> np.ndarray:
