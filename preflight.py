@@ -2,7 +2,8 @@
 
 WORLD_SIZE=8 python preflight.py --job.config_file train_configs/primate_8B.toml
 
-No process group, no network, no memory taken. train.sh asks this before torchrun, train.py and plan.py ask it themselves.
+No process group, no network, no memory taken; data is looked at where that takes moments. train.sh asks this before torchrun,
+train.py and plan.py ask it themselves.
 Exit status: 0 it can start, and the one line on stdout is its run folder; 2 something is to be mended.
 """
 
@@ -17,7 +18,9 @@ import importlib
 import importlib.util
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -35,22 +38,26 @@ from torchtitan_bio import (
     recompute,
 )
 from torchtitan_bio.config import Config, ConfigError
+from torchtitan_bio.data import recordings, sources
 
 
 def main(loaded: config_loader.Loaded):
     config = loaded.config
     size, device = int(os.environ.get("WORLD_SIZE", 1)), distributed.own_device()
     architecture, _ = check(config, size, loaded.origin)
-    problems, find = [], importlib.import_module(data.FAMILIES[config.model.name]).find
+    problems, found, find = [], [], importlib.import_module(data.FAMILIES[config.model.name]).find
     with exits.collecting(problems):
         refuse_folder(config, architecture)
     with exits.collecting(problems):
-        find(config.data.source, config.data.split, config.data.split_by)
+        found.append(find(config.data.source, config.data.split, config.data.split_by))
     if config.validation.enable:
         with exits.collecting(problems):
-            find(config.validation.source or config.data.source, config.validation.split, config.data.split_by)
+            source = config.validation.source or config.data.source
+            found.append(find(source, config.validation.split, config.data.split_by))
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
+    if all(is_read_in_moments(each, config.data.index_folder) for each in found):
+        refuse_data(config, architecture, size)
     # Where a job is submitted there may be no accelerator, or another: each rank asks again for its own.
     is_here = int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) == 1 and (device.type == "cuda" or "SLURM_JOB_ID" not in os.environ)
     if is_here:
@@ -169,6 +176,21 @@ def refuse_folder(config: Config, architecture):
             checkpoint.refuse_full_disk(folder, size, saves_ahead, section.keep_latest_k)
     if problems:
         raise ConfigError(*problems)
+
+
+def is_read_in_moments(found, index_folder: str) -> bool:
+    """Whether what `find` found needs no index (a generator), has it already, or is too small for making it to take time."""
+    if not isinstance(found, list) or sources.total_size(found) <= sources.IN_MEMORY_BYTES:
+        return True
+    return recordings.Recordings(found, index_folder).index_path.exists()
+
+
+def refuse_data(config: Config, architecture, world_size: int):
+    """ConfigError, as the run itself would have it, where the data cannot be read or has fewer windows than there are ranks."""
+    data_size = world_size // config.parallelism.context_parallel_degree
+    alone = SimpleNamespace(rank=0, local_rank=0, data_size=data_size, together=nullcontext)
+    with exits.blaming_the_input():
+        assembly.build_data(config, architecture, alone, say=lambda line: None)
 
 
 def trained_share(config: Config, architecture) -> float:

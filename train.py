@@ -6,7 +6,7 @@ torchrun --nproc_per_node 8 train.py --job.config_file train_configs/primate_8B.
 
 import sys
 
-from torchtitan_bio import config_loader
+from torchtitan_bio import config_loader, stop  # stop, because it asks who started this process while it is sure to be there
 
 if __name__ == "__main__":
     LOADED = config_loader.load_or_exit(sys.argv[1:])  # before torch is imported: --help and typos answer at once
@@ -34,7 +34,6 @@ from torchtitan_bio import (
     optimizer,
     profiling,
     resume,
-    stop,
     work,
 )
 from torchtitan_bio.config import Config
@@ -51,7 +50,8 @@ def main(loaded: config_loader.Loaded):
     job = preflight.job_of(config, architecture, size, device)
     too_large = preflight.refuse_too_large(config, job, device)
     preflight.refuse_folder(config, architecture)
-    world = assembly.join(config, folder)
+    with stops.alone():
+        world = assembly.join(config, folder)
     say = distributed.print_on_rank_0(world)
     say(f"{config.job.description or folder.name}: {world.size} rank(s) on {metrics.device_name(world.device)}")
     for warning in [*loaded.warnings, *too_large]:
@@ -89,7 +89,7 @@ def main(loaded: config_loader.Loaded):
                 log = assembly.open_run_folder(folder, config, world, step, global_batch_size, say)
                 at_the_end.callback(log.close)
             samples = assembly.open_samples(folder, config, model, held_out, world, say)
-        batches = assembly.read_from(step, train_data, config, global_batch_size, world)
+        batches = assembly.read_from(step, train_data, config, global_batch_size, world, this.watch.tell)
         if step == training.steps:
             say(f"{folder} is finished: all {step} steps are done")
         else:
@@ -153,6 +153,7 @@ def main(loaded: config_loader.Loaded):
         if stops.why and not config.checkpoint.enable:
             say("warning: checkpoint.enable=false, so nothing is saved")
         this.leave(step, stops.why, is_saved=config.checkpoint.enable)
+    stops.end()
     if world.rank == 0 and not stops.why:
         look_back(folder, config, train_data, held_out, log.last_validation, say)
 
@@ -200,15 +201,16 @@ def validate(
     max_windows: int | str = "all",
     context_method: str = "ulysses",
     is_to_stop=lambda: False,
+    tell=loader.say_nothing,
 ) -> dict | None:
     """What `scores` makes of the exact finite set, or of a fixed subset of it: the same on any number of ranks.
 
-    None once is_to_stop(), asked of all ranks together before each batch, says so.
+    None once is_to_stop(), asked of all ranks together before each batch, says so. tell: see loader.read.
     """
     subset = None if max_windows == "all" else loader.subset(len(dataset), max_windows)
     model.eval()
     for batch in loader.finite(
-        dataset, local_batch_size=local_batch_size, rank=world.data_rank, world_size=world.data_size, subset=subset
+        dataset, local_batch_size=local_batch_size, rank=world.data_rank, world_size=world.data_size, subset=subset, tell=tell
     ):
         if is_to_stop():
             model.train()
@@ -266,6 +268,7 @@ def score(step: int, config: Config, model, held_out, world, log, this: attempt.
         max_windows=section.max_windows,
         context_method=config.parallelism.context_parallel_method,
         is_to_stop=is_to_stop,
+        tell=this.watch.tell,
     )
     if scores is None:
         return

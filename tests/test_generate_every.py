@@ -1,5 +1,6 @@
 """Rasters drawn while a model trains: by the model as it is then, on all ranks together, and with no trace in the training."""
 
+import signal
 import time
 
 import numpy as np
@@ -11,7 +12,7 @@ from whole_runs import exit_json, lines, losses, saved_steps, train_main
 from torchtitan_bio import distributed, watchdog
 from torchtitan_bio.config import ConfigError, Validation
 from torchtitan_bio.data import spikes
-from torchtitan_bio.science import rasters, report, sampling, trained, training_samples
+from torchtitan_bio.science import ladder, rasters, report, sampling, trained, training_samples
 
 STEPS = ["--training.steps", "4", "--validation.freq", "4", "--validation.max_windows", "2", "--checkpoint.interval", "2"]
 EVERY_2 = [*STEPS, "--validation.generate_every", "2"]
@@ -116,21 +117,32 @@ def test_a_picture_is_a_patient_phase_in_no_step_time_and_a_stop_is_heard_right_
     assert max(entry["step_s"] for entry in lines(tmp_path / "run", "train")) < PAUSE_S
 
 
-def run_with_a_report_that_fails(rank, folder):
-    def fail(*parts):
-        raise RuntimeError("no page today")
+def run_that_fails_to_look_back(rank, folder):
+    def bend(patch, rank):
+        def fit(*parts):
+            seen.append((exit_json(folder)["reason"], signal.getsignal(signal.SIGTERM)))
+            raise MemoryError("too many neurons")
 
-    return train_main(rank, folder, STEPS, lambda patch, rank: patch.setattr(report, "page", fail))
+        def page(*parts):
+            raise RuntimeError("no page today")
+
+        patch.setattr(ladder, "show", fit)
+        patch.setattr(report, "page", page)
+
+    seen = []
+    return train_main(rank, folder, [*STEPS, "--validation.baselines=true"], bend), seen
 
 
-def test_a_finished_run_leaves_a_page_about_itself_or_a_warning(tmp_path):
+def test_a_finished_run_leaves_a_page_about_itself_or_a_warning_and_nothing_after_it_undoes_that(tmp_path):
     (printed,) = on_ranks(1, train_main, tmp_path / "run", EVERY_2, short)
     page = (tmp_path / "run" / "report.html").read_text()
     assert f"report: {tmp_path / 'run' / 'report.html'}" in printed
     last = lines(tmp_path / "run", "validation")[-1]
     assert f"{last['bits_per_spike']:.3f} bits/spike after step 4" in page and "finished, step 4" in page
     assert page.count("data:image/png;base64") == 2
-    (printed,) = on_ranks(1, run_with_a_report_that_fails, tmp_path / "other")
+    ((printed, seen),) = on_ranks(1, run_that_fails_to_look_back, tmp_path / "other")
+    assert seen == [("finished", signal.SIG_DFL)]  # fitting takes its time, and a signal may end it
+    assert "warning: no ladder of this run: MemoryError: too many neurons" in printed
     assert "warning: no report of this run: RuntimeError: no page today" in printed
     assert exit_json(tmp_path / "other")["reason"] == "finished" and not (tmp_path / "other" / "report.html").exists()
 

@@ -99,6 +99,23 @@ def test_a_sample_that_cannot_be_read_is_named_with_its_row(workers):
         next(batches)
 
 
+def test_a_sample_is_named_while_it_is_read_and_no_longer():
+    told = []
+
+    class Asked(Numbers):
+        def sample(self, i):
+            assert told[-1]() == f"reading sample {i} (row-{i // 10} at {i % 10})"
+            return i
+
+        def collate(self, samples):
+            assert told[-1] is None
+            return super().collate(samples)
+
+    steps = build(Asked(), rank=1, world_size=2, local_batch_size=7, tell=told.append)
+    assert numbers_of(next(steps)) == list(range(14, 28)) and len(told) == 16
+    assert list(loader.finite(Asked(), local_batch_size=3, rank=1, world_size=7, tell=told.append))
+
+
 @pytest.mark.slow
 def test_a_killed_worker_is_an_error_that_names_the_awaited_row():
     batches = build(Numbers(trouble="die"), num_workers=1, timeout_s=60)

@@ -19,7 +19,7 @@ DEAD = 2**22 + 1  # above the largest process id that Linux gives
 
 @pytest.fixture(autouse=True)
 def no_slurm(monkeypatch):
-    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -70,27 +70,44 @@ def test_a_second_writer_is_refused_and_told_the_host_the_pid_and_the_job(tmp_pa
         holder.stdout.close()
 
 
+JOB, OTHER_JOB = {"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}
+REQUEUED, TORCHRUN_AGAIN = JOB | {"SLURM_RESTART_COUNT": "1"}, JOB | {"TORCHELASTIC_RESTART_COUNT": "1"}
 ELSEWHERE = {"host": "another-host", "pid": 1}
 TAKEN_OVER = {
-    "dead process on this host": ({}, 0, "", "its process is gone"),
-    "this job on another host, started again": (ELSEWHERE | {"job": "7"}, 0, "7", "this job was started again"),
-    "no heartbeat on another host": (ELSEWHERE | {"job": "7"}, STALE_S + 10, "8", "no sign of life for 610 s"),
-    "no heartbeat of a process that seems to live": ({"pid": 1}, STALE_S + 10, "", "no sign of life"),
-    "this process in an earlier life of its container": ({"pid": os.getpid()}, 0, "", "its process is gone"),
+    "dead process on this host": ({}, 0, {}, "its process is gone"),
+    "this job on another host, started again": (ELSEWHERE | {"job": "7"}, 0, REQUEUED, "this job was started again"),
+    "this job on this host, started again; its pid lives, after a reboot": (
+        {"pid": os.getppid(), "job": "7"},
+        0,
+        REQUEUED,
+        "this job was started again",
+    ),
+    "dead process on this host, in this job": ({"job": "7"}, 0, JOB, "its process is gone"),
+    "no heartbeat on another host": (ELSEWHERE | {"job": "7"}, STALE_S + 10, OTHER_JOB, "no sign of life for 610 s"),
+    "no heartbeat of a process that seems to live": ({"pid": 1}, STALE_S + 10, {}, "no sign of life"),
+    "this process in an earlier life of its container": ({"pid": os.getpid()}, 0, {}, "its process is gone"),
 }
 REFUSED = {
-    "living process on this host": ({"pid": os.getppid()}, 0, ""),
-    "living process on this host, in this job": ({"pid": os.getppid(), "job": "7"}, 0, "7"),
-    "another host": (ELSEWHERE, STALE_S - 10, ""),
-    "another job on another host": (ELSEWHERE | {"job": "7"}, 0, "8"),
-    "clock that was set back": (ELSEWHERE, -1000, ""),
+    "living process on this host": ({"pid": os.getppid()}, 0, {}),
+    "living process on this host, in this job": ({"pid": os.getppid(), "job": "7"}, 0, JOB),
+    "this start of this job, on another host": (ELSEWHERE | {"job": "7"}, 1, JOB),
+    "this start of this job, on another host, after a requeue": (ELSEWHERE | {"job": "7", "restarts": 1}, 1, REQUEUED),
+    "this start of this job, for ranks that a second torchrun starts again": (ELSEWHERE | {"job": "7"}, 1, TORCHRUN_AGAIN),
+    "another host": (ELSEWHERE, STALE_S - 10, {}),
+    "another job on another host": (ELSEWHERE | {"job": "7"}, 0, OTHER_JOB),
+    "clock that was set back": (ELSEWHERE, -1000, {}),
 }
+
+
+def set_all(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.parametrize("case", TAKEN_OVER)
 def test_a_stale_lock_is_taken_over_and_the_log_says_why(case, tmp_path, monkeypatch):
-    changes, age_s, job, reason = TAKEN_OVER[case]
-    monkeypatch.setenv("SLURM_JOB_ID", job)
+    changes, age_s, environment, reason = TAKEN_OVER[case]
+    set_all(monkeypatch, environment)
     left_behind(tmp_path, age_s, **changes)
     said = []
     lock = take(tmp_path, said)
@@ -102,8 +119,8 @@ def test_a_stale_lock_is_taken_over_and_the_log_says_why(case, tmp_path, monkeyp
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_lock_whose_holder_may_live_is_left_alone(case, tmp_path, monkeypatch):
-    changes, age_s, job = REFUSED[case]
-    monkeypatch.setenv("SLURM_JOB_ID", job)
+    changes, age_s, environment = REFUSED[case]
+    set_all(monkeypatch, environment)
     path = left_behind(tmp_path, age_s, **changes)
     before = path.read_bytes()
     with pytest.raises(ValueError, match=f"is in use by process {(changes | {'pid': changes.get('pid')})['pid']} on"):

@@ -2,12 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from launches import ROOT, command, environment
 from ranks import on_ranks
 from spike_files import table, write_arrow
 from whole_runs import before_step, deaf_again, exit_json, lines, losses, saved_steps, train_main
@@ -172,6 +175,94 @@ def test_ranks_whose_torchrun_was_killed_save_and_leave_instead_of_training_on_u
     left = exit_json(tmp_path)
     assert (left["reason"], left["step"], left["why"]) == ("preempted", 3, "launcher gone")
     assert saved_steps(tmp_path) == [3] and not (tmp_path / "lock").exists()
+
+
+ALONE = """
+import ctypes, os, pathlib, signal, time
+from torchtitan_bio import stop
+stops = stop.Stops(pathlib.Path("/nowhere"))
+{before}
+with stops.alone():
+    print("waits", flush=True)
+    {meanwhile}
+    ctypes.CDLL(None).sleep(20)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "meanwhile", "code"),
+    [
+        ("", "os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
+        ("", "os.kill(os.getpid(), signal.SIGUSR1)", -signal.SIGUSR1),
+        ("os.kill(os.getpid(), signal.SIGTERM)", "", -signal.SIGTERM),
+        ("", "os.getppid = lambda: 1", 1),  # as of a process whose parent was killed
+        ("os.getppid = lambda: 1", "", 1),
+    ],
+)
+def test_a_rank_that_waits_for_the_others_in_a_library_ends_at_a_signal_and_without_its_launcher(before, meanwhile, code):
+    text = ALONE.format(before=before, meanwhile=meanwhile or "pass")
+    variables = os.environ | {"TORCHELASTIC_RUN_ID": "none"}
+    began = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", text], env=variables, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == code and time.monotonic() - began < 10
+    assert ("torchrun is gone" in result.stderr) == (code == 1)
+
+
+def test_once_ranks_have_met_a_signal_is_a_wish_again(tmp_path):
+    with deaf_again():
+        stops = stop.Stops(tmp_path)
+        with stops.alone():
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stops.wishes()["SIGTERM"] == 1
+
+
+# A sitecustomize that holds every rank, not torchrun, before its first import of torch.
+SLOW_TORCH = """
+import os, sys, time
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch" and "RANK" in os.environ:
+            sys.meta_path.remove(self)
+            open(os.environ["LOADING"] + os.environ["RANK"], "w").write(str(os.getpid()))
+            time.sleep(2)
+sys.meta_path.insert(0, Slow())
+"""
+
+
+def is_there(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_ranks_whose_torchrun_is_killed_while_they_load_torch_do_not_wait_for_each_other(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(SLOW_TORCH)
+    variables = environment() | {"PYTHONPATH": str(tmp_path), "LOADING": str(tmp_path / "rank-")}
+    output = (tmp_path / "output").open("w")
+    torchrun = subprocess.Popen(command(tmp_path / "run", ranks=2), env=variables, stdout=output, stderr=output)
+    started, pids = time.monotonic(), []
+    try:
+        while len(pids) < 2:
+            assert time.monotonic() - started < 100
+            time.sleep(0.05)
+            pids = [int(text) for text in (path.read_text() for path in tmp_path.glob("rank-*")) if text]
+        torchrun.kill()
+        torchrun.wait()
+        killed = time.monotonic()
+        while any(map(is_there, pids)):
+            assert time.monotonic() - killed < 60, "ranks outlive their torchrun"
+            time.sleep(0.1)
+        assert (tmp_path / "output").read_text().count("torchrun is gone, and the ranks had not met") == 2
+        assert not (tmp_path / "run").exists()
+    finally:
+        output.close()
+        torchrun.kill()
+        for pid in filter(is_there, pids):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_process_without_torchrun_may_outlive_its_shell(tmp_path, monkeypatch, clock):

@@ -24,11 +24,18 @@ def run(folder, text):
     return result, time.monotonic() - began, folder / "x-rank-3.txt"
 
 
-def test_a_hang_is_told_and_ended_and_its_file_names_rank_step_and_phase(tmp_path):
-    text = 'def read_a_sample():\n    time.sleep(50)\nwatch.enter("data", 7)\nread_a_sample()'
+def test_a_hang_is_told_with_what_was_done_and_ended_and_its_file_names_rank_step_and_phase(tmp_path):
+    text = """
+def read_a_sample():
+    time.sleep(50)
+watch.enter("data", 7)
+watch.tell(lambda: "reading sample 8")
+watch.tell(lambda: "reading sample 9")
+read_a_sample()
+"""
     result, seconds, path = run(tmp_path, text)
     assert result.returncode == 1 and 1 < seconds < 10
-    assert f"no progress for 0.5 s or more in step 7, data; the stacks will be in {path}" in result.stdout
+    assert f"no progress for 0.5 s or more in step 7, data, reading sample 9; the stacks will be in {path}" in result.stdout
     head, _, stacks = path.read_text().partition("\n")
     assert head.rstrip() == "rank 3, step 7, data" and "read_a_sample" in stacks and "Timeout" in stacks
     assert watchdog.dumps(tmp_path) == [path]
@@ -47,6 +54,22 @@ def test_a_crash_in_native_code_leaves_its_stacks(tmp_path):
     assert (
         re.search(r"rank 3, step 4, forward *\nFatal Python error: Aborted", path.read_text()) and "crash" in path.read_text()
     )
+
+
+def test_what_is_over_or_cannot_be_put_in_words_is_left_out(tmp_path):
+    text = """
+def begin():
+    watch = watchdog.Watch(folder / "x-rank-3.txt", rank=3, limit_s=0.5, told=lambda words: print(words, flush=True))
+    watch.enter("data", 7)
+    watch.tell(lambda: "reading sample 9")
+    return watch
+begin().tell(None)
+begin().enter("data", 7)
+begin().tell(lambda: 1 / 0)
+time.sleep(50)
+"""
+    result, _, _ = run(tmp_path, text)
+    assert result.stdout.count("in step 7, data; the stacks") == 3 and "Error" not in result.stderr
 
 
 @pytest.mark.slow

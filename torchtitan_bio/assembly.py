@@ -91,8 +91,8 @@ def build_data(config: Config, architecture, world, say, stops: stop.Stops | Non
     return train_data, held_out
 
 
-def read_from(step: int, train_data, config: Config, global_batch_size: int, world):
-    """This rank's microbatches of each step to come."""
+def read_from(step: int, train_data, config: Config, global_batch_size: int, world, tell=loader.say_nothing):
+    """This rank's microbatches of each step to come. tell: see loader.read."""
     return loader.build(
         train_data,
         start_step=step,
@@ -103,6 +103,7 @@ def read_from(step: int, train_data, config: Config, global_batch_size: int, wor
         world_size=world.data_size,
         num_workers=config.data.num_workers,
         timeout_s=config.comm.train_timeout_seconds,
+        tell=tell,
     )
 
 

@@ -1,7 +1,7 @@
 """One run folder, one run: who holds it stands in its file `lock`, whose time of change is the holder's heartbeat.
 
 A holder that died leaves the file behind. It is taken over when its process is gone from this host, when it belongs to an
-earlier start of this very job, or when its heart has not beaten for too long.
+earlier start of this very job (a requeue), or when its heart has not beaten for too long.
 """
 
 import errno
@@ -97,10 +97,12 @@ def why_dead(holder: dict, own: dict, age_s: float, stale_s: float) -> str | Non
     """Why what a lock says is no longer true; None where it is."""
     if age_s > stale_s:
         return f"no sign of life for {age_s:.0f} s"
-    if holder.get("host") == own["host"]:
-        return None if _is_alive(holder["pid"]) else "its process is gone"
-    if own["job"] and holder.get("job") == own["job"]:
+    # Of an equal count it may be another run of the same allocation. torchrun's count says nothing here: a second torchrun,
+    # refused because the first one's run lives, restarts its ranks too.
+    if own["job"] and holder.get("job") == own["job"] and holder["restarts"] < own["restarts"]:
         return "this job was started again"
+    if holder.get("host") == own["host"] and not _is_alive(holder["pid"]):
+        return "its process is gone"
     return None
 
 
@@ -155,7 +157,7 @@ def _parse(content: bytes) -> dict:
         holder = json.loads(content)
     except ValueError:
         return {}
-    return holder if isinstance(holder, dict) and holder.keys() >= {"host", "pid", "job", "since"} else {}
+    return holder if isinstance(holder, dict) and holder.keys() >= {"host", "pid", "job", "restarts", "since"} else {}
 
 
 def _is_alive(pid: int) -> bool:

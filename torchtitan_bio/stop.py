@@ -7,12 +7,15 @@ as zeros and ones in a sum over ranks that each step makes anyway; what the sum 
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SIGNALS = ("SIGTERM", "SIGUSR1")
 SOURCES = (*SIGNALS, "STOP", "wall clock", "launcher gone")
+LAUNCHER = os.getppid()  # who imports this before torch, which takes seconds to load, knows it though it be killed meanwhile
 
 
 class Stopped(Exception):
@@ -36,7 +39,7 @@ class Stops:
         self._started = time.monotonic()
         self._step_ends = deque(maxlen=3)
         # Ranks whose torchrun was killed would train on unseen; a process without one may outlive its shell (nohup).
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._launcher = LAUNCHER if "TORCHELASTIC_RUN_ID" in os.environ else None
         for name in SIGNALS:
             signal.signal(getattr(signal, name), lambda number, frame: self._received.add(signal.Signals(number).name))
 
@@ -59,6 +62,29 @@ class Stops:
         if any(self._wanted().values()):
             raise Stopped
 
+    @contextmanager
+    def alone(self):
+        """Around the wait for the other ranks: a signal, or the end of the launcher, ends this process there and then.
+
+        Nothing can be said to the others yet, and some may never come. Inside a library Python runs no handler of a signal.
+        """
+        handlers = {name: signal.signal(getattr(signal, name), signal.SIG_DFL) for name in SIGNALS}
+        for name in self._received:
+            signal.raise_signal(getattr(signal, name))
+        met = threading.Event()
+        threading.Thread(target=self._end_without_launcher, args=(met,), name="launcher", daemon=True).start()
+        try:
+            yield
+        finally:
+            met.set()
+            for name, handler in handlers.items():
+                signal.signal(getattr(signal, name), handler)
+
+    def end(self):
+        """The run is over: a signal ends this process again."""
+        for name in SIGNALS:
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+
     def margin_s(self) -> float:
         """How long before its time is up the run leaves: the last save and two steps, but a minute at least.
 
@@ -75,12 +101,22 @@ class Stops:
         found = set(self._received)
         if self._looks and self.file.exists():
             found.add("STOP")
-        if self._launcher not in (None, os.getppid()):
+        if self._lost_launcher():
             found.add("launcher gone")
         if self._looks and self._whole_s is not None:
             left_s = self._started + self._whole_s - time.monotonic()
             found |= {"wall clock"} if left_s < self.margin_s() else set()
         return {source: int(source in found) for source in SOURCES}
+
+    def _lost_launcher(self) -> bool:
+        return self._launcher not in (None, os.getppid())
+
+    def _end_without_launcher(self, met: threading.Event):
+        while not met.wait(0.2):
+            if self._lost_launcher():
+                with suppress(OSError):  # where its output went to may be gone too
+                    print("torchrun is gone, and the ranks had not met: this one ends", file=sys.stderr, flush=True)
+                os._exit(1)
 
 
 def seconds_left(max_wall_s: float | str) -> float | None:

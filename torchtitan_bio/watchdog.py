@@ -28,6 +28,7 @@ class Watch:
         self.step: int | None = None
         self.phase = "start"
         self._told = told
+        self._doing: Callable[[], str] | None = None
         self._allowed_s, self._armed, self._deadline = 0.0, 0.0, float("inf")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("wb", buffering=0)
@@ -38,7 +39,7 @@ class Watch:
 
     def enter(self, phase: str, step: int | None = None, *, patient: bool = False):
         """From now on this process is in this phase (of the same step as before, where none is given)."""
-        self.phase, self.step = phase, self.step if step is None else step
+        self.phase, self.step, self._doing = phase, self.step if step is None else step, None
         allowed_s, now = max(self.limit_s, PATIENCE_S) if patient else self.limit_s, time.monotonic()
         head = f"rank {self.rank}, {self.place}".encode()[: HEAD_BYTES - 1].ljust(HEAD_BYTES - 1) + b"\n"
         try:
@@ -49,6 +50,10 @@ class Watch:
         if allowed_s != self._allowed_s or now > self._armed + GRACE_S / 5:  # takes 0.1 ms: it starts a thread
             faulthandler.dump_traceback_later(allowed_s + GRACE_S, exit=True, file=self._file)
             self._allowed_s, self._armed = allowed_s, now
+
+    def tell(self, doing: Callable[[], str] | None):
+        """What this process does in its phase just now, put in words only if it stays there too long. None: nothing special."""
+        self._doing = doing
 
     def rest(self):
         """What comes next may take any time."""
@@ -75,8 +80,16 @@ class Watch:
         """faulthandler ends the process without a word, so a thread says why, if Python lets it."""
         while not self._ended.wait(GRACE_S / 10):
             if time.monotonic() > self._deadline:
-                self._told(f"no progress for {self._allowed_s:g} s or more in {self.place}; the stacks will be in {self.path}")
+                where = f"{self.place}{self._in_words()}"
+                self._told(f"no progress for {self._allowed_s:g} s or more in {where}; the stacks will be in {self.path}")
                 return
+
+    def _in_words(self) -> str:
+        doing = self._doing
+        try:
+            return f", {doing()}" if doing else ""
+        except Exception:  # what the process stands in may be what was asked; the place alone is worth telling
+            return ""
 
 
 def dumps(folder: Path) -> list[Path]:

@@ -8,8 +8,9 @@ import itertools
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -44,14 +45,23 @@ class Microbatches:
         return read(self.dataset, self.samples(j))
 
 
-def read(dataset, numbers: Iterable[int]) -> Batch:
-    """The batch of these samples. A sample that cannot be read is an error that names it and the cause."""
+def say_nothing(doing: Callable[[], str] | None):
+    """For who does not ask what is being read."""
+
+
+def read(dataset, numbers: Iterable[int], tell=say_nothing) -> Batch:
+    """The batch of these samples. A sample that cannot be read is an error that names it and the cause.
+
+    tell: is given, before each sample, what would name it in words, and None when all are read (watchdog.Watch.tell).
+    """
     samples = []
     for i in numbers:
+        tell(partial(_name_read, dataset, i))
         try:
             samples.append(dataset.sample(i))
         except Exception as error:
             raise RuntimeError(f"reading {name_sample(dataset, i)} failed: {type(error).__name__}: {error}") from error
+    tell(None)
     return dataset.collate(samples)
 
 
@@ -60,6 +70,10 @@ def name_sample(dataset, i: int) -> str:
     if not hasattr(dataset, "origin"):
         return f"sample {i}"
     return f"sample {i} ({dataset.describe(dataset.origin(i))})"
+
+
+def _name_read(dataset, i: int) -> str:
+    return f"reading {name_sample(dataset, i)}"
 
 
 def build(
@@ -73,11 +87,12 @@ def build(
     num_workers: int,
     num_steps: int | None = None,
     timeout_s: float = 600,
+    tell=say_nothing,
 ) -> Iterator[list[Batch]]:
     """This rank's microbatches of each step from `start_step` until step `num_steps` of the run (for ever if None).
 
     With workers, a dead one is an error within seconds, and one that is silent for `timeout_s` is an error too; both name the
-    samples that were awaited.
+    samples that were awaited. tell: see `read`; without workers a hang is the caller's, and this is who can name the sample.
     """
     at_once = local_batch_size * world_size
     if global_batch_size % at_once:
@@ -88,7 +103,10 @@ def build(
     source = Microbatches(dataset, global_batch_size, local_batch_size, rank, world_size)
     last_step = ENDLESS if num_steps is None else num_steps
     numbers = range(start_step * source.per_step, last_step * source.per_step)
-    batches = _read_in_workers(source, numbers, num_workers, timeout_s) if num_workers else map(source.__getitem__, numbers)
+    if num_workers:
+        batches = _read_in_workers(source, numbers, num_workers, timeout_s)
+    else:
+        batches = (read(dataset, source.samples(j), tell) for j in numbers)
     # Pinned here and not by the loader's own thread, which would open a context on the first GPU in every rank; a microbatch of
     # 131k tokens is 0.4 MB.
     batches = map(pin, batches) if torch.cuda.is_available() else batches
@@ -174,21 +192,21 @@ def pin(batch: Batch) -> Batch:
 
 
 def finite(
-    dataset, *, local_batch_size: int, rank: int, world_size: int, subset: Iterable[int] | None = None
+    dataset, *, local_batch_size: int, rank: int, world_size: int, subset: Iterable[int] | None = None, tell=say_nothing
 ) -> Iterator[Batch]:
     """Each sample of a finite dataset (or of `subset`) exactly once over all ranks.
 
     The batches do not depend on the number of ranks. Ranks take turns, and all get equally many, because a sharded model cannot
-    run on one rank alone: the last turn is filled up with batches that hold no label.
+    run on one rank alone: the last turn is filled up with batches that hold no label. tell: see `read`.
     """
     numbers = range(len(dataset)) if subset is None else list(subset)
     starts = range(0, len(numbers), local_batch_size)
     for turn in range(0, len(starts), world_size):
         if turn + rank < len(starts):
             start = starts[turn + rank]
-            yield read(dataset, numbers[start : start + local_batch_size])
+            yield read(dataset, numbers[start : start + local_batch_size], tell)
         else:
-            yield without_labels(read(dataset, numbers[:local_batch_size]))
+            yield without_labels(read(dataset, numbers[:local_batch_size], tell))
 
 
 def without_labels(batch: Batch) -> Batch:

@@ -89,11 +89,16 @@ class Recordings:
         counts = self._counts[index.chunk[row]]
         return counts[offset : offset + n * bins].reshape(n, bins)[:, first + begin : first + end]
 
+    @property
+    def index_path(self):
+        """Where an index that is kept lies, or will lie once a process has made it."""
+        return self.cache_folder / f"index-v{INDEX_VERSION}-{sources.key_of(self.files)}.parquet"
+
     def index(self):
         """Of every row in the order of the files; read from the cache folder if a process has left it there."""
         if not self.keep_index:
             return self._scan_all()
-        path = self.cache_folder / f"index-v{INDEX_VERSION}-{sources.key_of(self.files)}.parquet"
+        path = self.index_path
         if not path.exists():
             sources.write_whole(path, lambda temporary: write_index(self._scan_all(), temporary))
         with sources.reading(path):
