@@ -68,7 +68,7 @@ import train
 from torchtitan_bio import assembly, attention, context_parallel, data, distributed, exits, models
 from torchtitan_bio.checkpoint import commit
 from torchtitan_bio.config import Checkpoint, Config, ConfigError, Data
-from torchtitan_bio.data import loader, ring_hmm
+from torchtitan_bio.data import loader, ring_hmm, sources
 from torchtitan_bio.science import baselines, contamination, evaluation, forecast, sampling, score_plots, trained
 
 OF_THE_RUN = ("data", "training", "validation")
@@ -93,7 +93,7 @@ def main(loaded: config_loader.Loaded, flags):
     with exits.blaming_the_input():
         with world.together("making the folder of results"):
             if world.rank == 0:
-                make_writable(folder)
+                sources.make_folder(folder, "--out names another folder")
         dtype = assembly.compute_dtype(config, world.device)
         attend = choose_attention(config, architecture.head_dim, world, dtype, say)
         held_out = build_held_out(config, world)
@@ -185,17 +185,6 @@ def out_folder(found, flags) -> Path:
     else:
         folder = run / "evaluation"
     return folder
-
-
-def make_writable(folder: Path):
-    """Make the folder of results and try it: a refusal after hours of scoring would take all of them."""
-    probe = folder / f".{os.getpid()}.partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as why:
-        raise ConfigError(f"nothing can be written in {folder} ({why}); --out names another folder") from why
 
 
 def steps_of(found, flags) -> list[Path]:

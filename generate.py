@@ -21,6 +21,8 @@ import torch
 
 from torchtitan_bio import command_line, data, distributed, exits
 from torchtitan_bio.config import ConfigError
+from torchtitan_bio.data import sources
+from torchtitan_bio.data.selection import number_of
 from torchtitan_bio.science import rasters, realism, sampling, trained
 
 SECONDS_BETWEEN_LINES = 5
@@ -34,7 +36,7 @@ def read_flags(argv: list[str]):
     prompt.add_argument("--row", type=int, help="which recording of the data (default: 0)")
     prompt.add_argument("--data", help="as data.source in a config (default: what the run holds out)")
     prompt.add_argument("--split", help="of the data (default: the run's, else test)")
-    prompt.add_argument("--prompt", help="an npz with spike_counts (neurons, bins)")
+    prompt.add_argument("--prompt", help="an npz with spike_counts (neurons, bins), or another file: its first recording")
     prompt.add_argument("--neurons", type=int, help="no prompt: a population of so many neurons from its first bin on")
     prompt.add_argument("--start-bin", type=int, default=0, help="where in the recording the prompt begins (default: 0)")
     prompt.add_argument(
@@ -79,6 +81,8 @@ def main(flags):
         found = trained.find(flags.checkpoint)
         prompts = read_prompts(flags, found)
         world = distributed.start()
+        if world.rank == 0:
+            sources.make_folder(flags.out)
         say = print if world.rank == 0 else lambda line: None
         dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
         model, loaded = trained.load(found, world=world, param_dtype=dtype)
@@ -94,7 +98,7 @@ def main(flags):
             top_k=flags.top_k,
         )
     say(f"attention: {kernel.name} ({kernel.why})")
-    say(f"{prompts.words}; {flags.samples} samples of {prompts.bins:,} bins")
+    say(f"{prompts.words}; {number_of(flags.samples, 'sample')} of {number_of(prompts.bins, 'bin')}")
     for line in notes(prompts, found):
         say(line)
     samples, speed = generate(sampler, prompts, flags, world, say)
@@ -138,7 +142,7 @@ def read_prompts(flags, found) -> Prompts:
     if flags.neurons is not None:
         nothing = np.empty((1, flags.neurons, 0), np.uint8)
         bins = flags.bins or fill(found, flags.neurons, "--bins")
-        words = f"no prompt: {flags.neurons} neurons from their first bin on"
+        words = f"no prompt: {number_of(flags.neurons, 'neuron')} from the first bin on"
         return Prompts(nothing, nothing, None, bins, window or window_of(found, flags.neurons), words)
     dataset, row = open_data(flags, found)
     recording, start, name = dataset.counts(row), flags.start_bin, dataset.index.id[row]
@@ -150,7 +154,7 @@ def read_prompts(flags, found) -> Prompts:
     last = num_bins - context - (bins if flags.prompts > 1 else 0)  # of many, each is to have its truth
     if start > last or flags.prompts > last - start + 1:
         raise ConfigError(
-            f"{name} has {num_bins:,} bins; from --start-bin={start} on they do not hold {context:,} of context"
+            f"{name} has {number_of(num_bins, 'bin')}; from --start-bin={start} on they do not hold {context:,} of context"
             + (f" and {bins:,} to compare with for {flags.prompts} prompts" if flags.prompts > 1 else "")
         )
     starts = [start + number * (last - start) // max(1, flags.prompts - 1) for number in range(flags.prompts)]
@@ -163,7 +167,7 @@ def read_prompts(flags, found) -> Prompts:
         recording=recording,
         bins=bins,
         window_bins=window or window_of(found, n),
-        words=f"prompt: {context:,} bins of {n:,} neurons of {name} {where}{a_bin}",
+        words=f"prompt: {number_of(context, 'bin')} of {number_of(n, 'neuron')} of {name} {where}{a_bin}",
     )
 
 
@@ -262,7 +266,6 @@ class Progress:
 
 def write(folder: Path, prompts: Prompts, samples: np.ndarray, flags, facts: dict):
     """The npz, the pictures of the first prompt and of all, the scores."""
-    folder.mkdir(parents=True, exist_ok=True)
     arrays = {"prompt": prompts.counts, "samples": samples} | ({"truth": prompts.truth} if prompts.truth.shape[2] else {})
     if flags.prompts == 1:
         arrays = {name: array[0] for name, array in arrays.items()}
@@ -277,7 +280,8 @@ def write(folder: Path, prompts: Prompts, samples: np.ndarray, flags, facts: dic
         if flags.prompts == 1:
             print("  (of one prompt: what differs may be its moment and not the model; --prompts 16 takes many)")
         source = "one prompt" if flags.prompts == 1 else f"{flags.prompts} prompts"
-        title = f"{len(together)} samples of {source} against {len(windows):,} windows of the whole recording"
+        ours, theirs = number_of(len(together), "sample"), number_of(len(windows), "window")
+        title = f"{ours} of {source} against {theirs} of the whole recording"
         realism.draw(together, windows, title).save(folder / "realism.png")
     else:
         print("realism: there is no recording as long as a sample to compare with")

@@ -73,6 +73,16 @@ def main(flags):
         {"spikes": make_store, "inspect": inspect, "split": split}[flags.command](flags)
 
 
+def check_once(files):
+    """Refuse a file that was named twice: its rows would be there twice."""
+    seen = set()
+    for file in files:
+        place = (file.split, file.name if file.bytes_file is None else file.bytes_file.resolve())
+        if place in seen:
+            raise ConfigError(f"{file.name} is among the sources twice, and its rows would be too; name it once")
+        seen.add(place)
+
+
 def make_store(flags):
     out, width = Path(flags.out), flags.bin_width
     check_width(width)
@@ -80,6 +90,7 @@ def make_store(flags):
         if Path(source).is_dir() and Path(source).resolve() in (out.resolve(), *out.resolve().parents):
             raise ConfigError(f"--out={out} lies in {source}, and would be taken for a part of it; name a folder elsewhere")
     files = [file for source in flags.sources for file in rows.find(source)]
+    check_once(files)
     check_meant(flags, files)
     if generated := [file for file in files if file.bytes_file is None]:
         raise ConfigError(f"{generated[0].source} makes its rows when they are read; there is nothing to prepare")
@@ -98,7 +109,12 @@ def make_store(flags):
         print(line)
     state = "is finished already" if is_finished else f"made in {progress.seconds:.1f} s, {progress.rate()}"
     print(f"{out}: {number_of(made['rows'], 'row')}, {number_of(made['counts'], 'count')}, {state}")
-    print(f"train on it with --data.source {out}; look at it with prepare.py inspect {out}")
+    malformed = sum(len(file["malformed"]) for file in made["files"])
+    if malformed == made["rows"]:
+        print("none of its rows can be read, and nothing can be trained on it: mend them, and make it anew in another folder")
+        return
+    bound = f" --data.max_malformed_rows {malformed}" if malformed else ""
+    print(f"train on it with --data.source {out}{bound}; look at it with prepare.py inspect {out}")
 
 
 def problems(made: dict) -> list[str]:
@@ -117,18 +133,23 @@ def inspect(flags):
     check_width(flags.bin_width)
     if flags.out and Path(flags.out).exists() and not Path(flags.out).is_dir():
         raise ConfigError(f"--out={flags.out} is a file; name a folder")
-    files, found, notes = [file for source in flags.sources for file in rows.find(source)], inventory.Inventory(), []
+    parts, found, notes = [rows.find(source) for source in flags.sources], inventory.Inventory(), []
+    files = [file for part in parts for file in part]
+    check_once(files)
     check_meant(flags, files)
+    if flags.out:
+        sources.make_folder(flags.out)
+    names = names_of(flags.sources)
     with Progress(files, flags.interval) as progress:
-        for file in files:
-            read, of_file = rows.read(file, bin_width_s=flags.bin_width, interval=flags.interval)
-            notes += [f"{file.name}: {note}" for note in of_file]
-            for row in read:
-                found.add(row, file.source)
-                progress({"n": row.n, "t": row.t})
-    for source in flags.sources:
-        notes += [f"{path.name} is not read: {reason}" for path, reason in sources.skipped_files(source)]
-    names = [summary.public_name(source) for source in flags.sources]
+        for source, name, part in zip(flags.sources, names, parts, strict=True):
+            where = f"{name}: " if len(names) > 1 else ""
+            for file in part:
+                read, of_file = rows.read(file, bin_width_s=flags.bin_width, interval=flags.interval)
+                notes += [f"{where}{file.name}: {note}" for note in of_file]
+                for row in read:
+                    found.add(row, name)
+                    progress({"n": row.n, "t": row.t})
+            notes += [f"{where}{path.name} is not read: {reason}" for path, reason in sources.skipped_files(source)]
     result = {"asked": names, **found.result(), "notes": notes}
     print(*inventory.table(result), *inventory.findings(result), *notes[:MOST_LINES], sep="\n")
     if len(notes) > MOST_LINES:
@@ -138,11 +159,18 @@ def inspect(flags):
         )
     if flags.out:
         folder = Path(flags.out)
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "inventory.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        title = (names[0] or "recordings") + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        title = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         inventory.draw(result, found.raster, title).save(folder / "inventory.png")
         print(f"written: {folder / 'inventory.json'}, {folder / 'inventory.png'}")
+
+
+def names_of(asked: list[str]) -> list[str]:
+    """What each source may be called before anyone; those of one name are numbered."""
+    names = [summary.public_name(source) or "recordings" for source in asked]
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: place + 1].count(name)})" for place, name in enumerate(names)
+    ]
 
 
 def split(flags):

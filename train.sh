@@ -106,61 +106,94 @@ find_python() {
 }
 
 run_folder="" # where train.py writes, once preflight.py has said so
+run=""        # the process of a SLURM job that trains
 signalled=""
 
-# The trap of a SLURM job. train.py saves and leaves when it finds STOP; torchrun or srun would soon end ranks that are saving.
+# The trap of a SLURM job. train.py saves and leaves when it finds STOP; torchrun or srun would soon end ranks that are saving. Until
+# exit.json says that this very start is running, another job may have the folder, and would leave in its place: so long STOP waits.
 ask_to_stop() {
+    local told
     signalled=yes
-    if [[ -n $run_folder ]] && ! { mkdir -p "$run_folder" && touch "$run_folder/STOP"; }; then
-        say "a signal came, but nobody will see it"
-    fi
+    while [[ -n $run ]] && kill -0 "$run" 2>/dev/null; do
+        told=$(cat "$run_folder/exit.json" 2>/dev/null) || true
+        if [[ $told == *'"reason": "running"'* && $told == *"\"launch\": \"$TRAIN_SH_LAUNCH\""* ]]; then
+            touch "$run_folder/STOP" || say "a signal came, but nobody will see it"
+            return 0 # a bare one, in a trap, gives back the status of what was interrupted
+        fi
+        sleep 0.2
+    done
 }
 
-# What exit.json of the run folder says, its reason first: "preempted, step 500, steps_here 80, why STOP". "none" if there is none.
+# What exit.json says of this start, its reason first: "preempted, step 500, steps_here 80, why STOP"; "nothing of this start" if it is
+# of another one. Ranks whose torchrun was killed are "running" until they have saved: the lock that they then give back is awaited.
 read_exit() {
     "$python" -c '
-import json, sys
-try:
-    with open(sys.argv[1]) as file:
-        told = json.load(file)
-    facts = ("step", "steps_here", "why", "crash_loop")
-    print(told["reason"], *(f"{key} {told[key]}" for key in facts if key in told), sep=", ")
-except (OSError, ValueError, KeyError, TypeError):
-    print("none")' "$run_folder/exit.json"
+import json, os, socket, sys, time
+from pathlib import Path
+
+def read(name):
+    try:
+        content = json.loads((Path(sys.argv[1]) / name).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+def is_alive(holder):
+    if holder.get("host") == socket.gethostname():
+        try:
+            os.kill(holder["pid"], 0)
+        except ProcessLookupError:
+            return False
+        except (OSError, KeyError, TypeError):
+            pass
+    return bool(holder)
+
+deadline = time.monotonic() + 300
+while True:
+    holder, told = read("lock"), read("exit.json")
+    if told.get("launch") != os.environ["TRAIN_SH_LAUNCH"]:
+        told = {"reason": "nothing of this start"}
+    if told["reason"] != "running" or not is_alive(holder) or time.monotonic() > deadline:
+        break
+    time.sleep(0.2)
+facts = ("step", "steps_here", "why", "crash_loop")
+print(told["reason"], *(f"{key} {told[key]}" for key in facts if key in told), sep=", ")' "$run_folder"
+}
+
+forget_idle_starts() {
+    rm -f "$idle" || say "warning: $idle stays, and its starts without a step will be counted again"
 }
 
 # run_in_job COMMAND...: see it to its end, requeue the SLURM job if the run was preempted, and exit.
 run_in_job() {
-    local job=$SLURM_JOB_ID submitted=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID} idle=$run_folder/idle_starts told code
+    local idle=$run_folder/idle_starts job=$SLURM_JOB_ID submitted=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID} told code woken
     # The last element of an array has the array's own number, by which scontrol would requeue all of them.
     if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
     say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) of job $job on ${SLURM_JOB_NUM_NODES:-1} node(s)"
-    # What an earlier attempt left must not speak for this one; its failure stays, because train.py looks for the same one again.
-    told=$(read_exit)
-    case $told in finished* | preempted*) rm -f "$run_folder/exit.json" ;; esac
-    rm -f "$run_folder/STOP"
-    if [[ -n $signalled ]]; then ask_to_stop; fi # it came while the run was being prepared
-
     # In the background, because bash runs a trap only between commands. A command there is deaf to Ctrl-C unless it is told not to
     # be; this script hears it too, and waits for the end that it makes.
     (
         trap - INT
         exec "$@"
     ) &
-    trap 'signalled=yes' INT
-    signalled=yes
+    run=$!
+    trap 'woken=yes' INT
+    trap 'woken=yes; ask_to_stop' USR1 TERM
+    if [[ -n $signalled ]]; then ask_to_stop; fi # it came while the run was being prepared
+    woken=yes
     # A signal ends `wait` too. Of a run that ends at that very moment bash 5.2 forgets the exit code: it is -1 then, no less a failure.
-    while [[ -n $signalled ]]; do
-        signalled=""
-        wait $! && code=0 || code=$?
+    while [[ -n $woken ]]; do
+        woken=""
+        wait $run && code=0 || code=$?
     done
     trap '' USR1 TERM # a job that is requeued is ended first, this script too
-    rm -f "$run_folder/STOP"
 
     told=$(read_exit)
+    # One that came too late to be heard, or for a run that has failed.
+    if [[ $told != nothing* ]]; then rm -f "$run_folder/STOP" || true; fi
     case $told in
         finished*)
-            rm -f "$idle"
+            forget_idle_starts
             exit 0
             ;;
         preempted*) ;;
@@ -176,18 +209,41 @@ run_in_job() {
     fi
     # One that needs more time to begin than it has would come back for ever. Each start without a step is a line of $idle.
     if [[ $told == *", steps_here 0,"* ]]; then
-        echo "$submitted" >>"$idle"
-        if (($(grep -cxF "$submitted" "$idle") >= 3)); then
+        if ! echo "$submitted" >>"$idle"; then
+            say "warning: this start without a step cannot be counted in $idle"
+        elif (($(grep -cxF "$submitted" "$idle") >= 3)); then
             say "$told; job $job is not requeued: three starts in a row had to leave before they had done a step." \
                 "Submit it again with a longer --time (or job.max_wall_s), or with a --signal that comes later"
             exit 1
         fi
     else
-        rm -f "$idle"
+        forget_idle_starts
     fi
     say "$told; requeueing job $job"
     scontrol requeue "$job" || say "job $job is not requeued: the same command goes on"
     exit 0
+}
+
+# ask COMMAND...: sets $answer to what it prints. In the foreground it would outlive this script, if a signal ends that. A SLURM job hears
+# its signals when it has the answer.
+ask() {
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then
+        answer=$("$@")
+        return
+    fi
+    local printed signal
+    printed=$(mktemp)
+    exec 3>"$printed" 4<"$printed"
+    rm -f "$printed"
+    "$@" >&3 3>&- 4<&- &
+    for signal in TERM INT HUP USR1; do
+        # shellcheck disable=SC2064 # the signal is that of now
+        trap "trap - $signal; kill \$!; kill -$signal \$\$" $signal
+    done
+    wait $!
+    trap - TERM INT HUP USR1
+    answer=$(cat <&4)
+    exec 3>&- 4<&-
 }
 
 # as_tasks, with_torchrun: turn main's $command into that of $nproc processes on each of $nodes nodes.
@@ -237,6 +293,9 @@ main() {
     done
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
         trap ask_to_stop USR1 TERM
+        # By this train.py tells what was left by an earlier start, and this script what exit.json says of this one.
+        TRAIN_SH_LAUNCH=$(date +%s).$SLURM_JOB_ID.$$
+        export TRAIN_SH_LAUNCH
     elif [[ -n ${TASKS_PER_NODE:-} ]]; then
         stop "TASKS_PER_NODE=$TASKS_PER_NODE is for srun in a SLURM job; here NPROC says how many processes"
     fi
@@ -246,7 +305,7 @@ main() {
             -h | --help | --print-config) exec "$python" "$here/train.py" "${settings[@]}" ;;
         esac
     done
-    local nodes=${SLURM_JOB_NUM_NODES:-1} counts nproc threads host port
+    local nodes=${SLURM_JOB_NUM_NODES:-1} answer nproc threads host port
     local command=("$python" "$here/train.py" "${settings[@]}") count=("$python" -c '
 import os, sys
 nproc = int(sys.argv[1])
@@ -259,20 +318,12 @@ print(nproc, max(cores // nproc, 1))' "${TASKS_PER_NODE:-${NPROC:-0}}")
     local srun=(srun --ntasks-per-node=1 --cpu-bind=none ${SRUN_ARGS:-})
     # The node where this script runs may be a login node without a GPU (salloc): ask one that will train.
     if ((nodes > 1)) && [[ -z ${TASKS_PER_NODE:-} ]]; then count=("${srun[@]}" --nodes=1 --ntasks=1 "${count[@]}"); fi
-    counts=$("${count[@]}")
-    read -r nproc threads <<<"$counts"
+    ask "${count[@]}"
+    read -r nproc threads <<<"$answer"
     # What cannot work is told once and ends with exit code 2; under torchrun the code would be 1.
     local check=(env WORLD_SIZE=$((nodes * nproc)) LOCAL_WORLD_SIZE="$nproc" "$python" "$here/preflight.py" "${settings[@]}")
-    if [[ -n ${SLURM_JOB_ID:-} ]]; then
-        run_folder=$("${check[@]}")
-    else
-        # In the foreground it would outlive this script, if a SIGTERM ends that.
-        "${check[@]}" >/dev/null &
-        trap 'trap - TERM; kill $! $$' TERM
-        trap 'trap - INT; kill $!; kill -INT $$' INT
-        wait $!
-        trap - TERM INT
-    fi
+    ask "${check[@]}"
+    run_folder=$answer
     if ((nproc > 1)) && [[ -z ${TASKS_PER_NODE:-} ]]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}; fi
     # Threads that wait for one another by spinning lose a core to every other program: on 2 cores with one of them busy the quickstart
     # runs at 16,000 tokens/s with this and at 10,000 without; on idle cores at 31,000 and 34,000.

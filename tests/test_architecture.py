@@ -26,7 +26,7 @@ MAY_IMPORT = [
     ),
     ("attention", ["kernels"]),
     ("kernels", []),
-    ("distributed", []),
+    ("distributed", ["exits"]),
     ("exits", ["config"]),
     ("resume", []),
     ("attempt", ["config", "distributed", "run_lock", "watchdog"]),

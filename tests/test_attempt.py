@@ -23,7 +23,14 @@ def outcome_of_main(rank, folder, arguments, bend, environment):
     """What a run raised, in words; "" where it ended well. And what it wrote to stderr."""
     err = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err):
-        for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):
+        variables = (
+            "SLURM_RESTART_COUNT",
+            "TORCHELASTIC_RESTART_COUNT",
+            "SLURM_JOB_ID",
+            "SLURM_ARRAY_JOB_ID",
+            "TRAIN_SH_LAUNCH",
+        )
+        for name in variables:
             patch.delenv(name, raising=False)
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -106,9 +113,33 @@ def test_the_same_failure_at_the_same_step_twice_is_a_crash_loop_that_only_a_per
         raised, _ = start(tmp_path, None, *ANEW, **machine)
         assert raised.startswith("ConfigError: ") and "twice in a row at step 3" in raised and "start it by hand" in raised
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert start(tmp_path, None, *ANEW, SLURM_ARRAY_JOB_ID="90", SLURM_JOB_ID="90") == ("", "")  # submitted anew
+    leave_old_stop(tmp_path)  # what was meant for that array
+    anew = {"SLURM_ARRAY_JOB_ID": "90", "SLURM_JOB_ID": "90", "TRAIN_SH_LAUNCH": f"{int(time.time())}.90.7"}
+    assert start(tmp_path, None, *ANEW, **anew) == ("", "")
     record = exit_json(tmp_path)
     assert (record["reason"], record["attempt"], record["job"], record["steps_here"]) == ("finished", 1, "90", 4)
+    assert record["launch"] == anew["TRAIN_SH_LAUNCH"]
+
+
+def leave_old_stop(folder):
+    (folder / "STOP").touch()
+    os.utime(folder / "STOP", (10**9, 10**9))
+
+
+def test_only_a_STOP_from_before_train_sh_began_is_removed(tmp_path, monkeypatch):
+    from torchtitan_bio import attempt
+
+    leave_old_stop(tmp_path)
+    monkeypatch.delenv("TRAIN_SH_LAUNCH", raising=False)
+    attempt.remove_old_stop(tmp_path)  # no SLURM job: whoever starts the run can see the file
+    assert (tmp_path / "STOP").exists()
+    monkeypatch.setenv("TRAIN_SH_LAUNCH", f"{10**9}.123.7")
+    attempt.remove_old_stop(tmp_path)
+    assert (tmp_path / "STOP").exists()
+    monkeypatch.setenv("TRAIN_SH_LAUNCH", f"{10**9 + 1}.123.7")
+    attempt.remove_old_stop(tmp_path)
+    attempt.remove_old_stop(tmp_path)
+    assert not (tmp_path / "STOP").exists()
 
 
 def test_a_kill_between_two_equal_failures_does_not_hide_the_loop(tmp_path):
@@ -150,9 +181,11 @@ def test_an_interrupted_run_says_so_and_gives_the_folder_back(tmp_path):
 def test_a_run_folder_that_another_run_holds_is_refused_and_left_as_it_is(tmp_path):
     lock = {"host": "login-7", "pid": 4242, "job": "99", "restarts": 0, "since": "2026-01-02 03:04:05", "token": "t"}
     (tmp_path / "lock").write_text(json.dumps(lock))
-    raised, _ = start(tmp_path)
+    leave_old_stop(tmp_path)  # job 99 is to find it
+    raised, _ = start(tmp_path, TRAIN_SH_LAUNCH=f"{int(time.time())}.100.7")
     assert raised.startswith("ConfigError: ") and "in use by process 4242 on login-7, job 99" in raised
-    assert [path.name for path in tmp_path.iterdir()] == ["lock"] and json.loads((tmp_path / "lock").read_text()) == lock
+    assert {path.name for path in tmp_path.iterdir()} == {"lock", "STOP"}
+    assert json.loads((tmp_path / "lock").read_text()) == lock
 
 
 def test_data_of_fewer_windows_than_ranks_is_refused_with_both_numbers(tmp_path):
@@ -160,6 +193,49 @@ def test_data_of_fewer_windows_than_ranks_is_refused_with_both_numbers(tmp_path)
     for raised, _ in on_ranks(2, outcome_of_main, tmp_path / "run", settings, None, {}):
         assert "has 1 training windows" in raised and "for 2 ranks" in raised
     assert not (tmp_path / "run").exists()
+
+
+def break_reading_on_rank_1(patch, rank):
+    from torchtitan_bio import attempt
+    from torchtitan_bio.data import spikes
+
+    if rank == 1:
+        fail_at_call(patch, spikes, "build", 1, OSError("the disk of rank 1"))
+    record, write = attempt.Attempt._record, attempt.Attempt._write
+
+    def record_late(this, *settings, **names):
+        time.sleep(0.1 * rank)
+        record(this, *settings, **names)
+
+    def write_slowly(this, reason, *settings, **names):
+        time.sleep(0.3 if reason == "failed" and rank == 0 else 0)  # so that it would come after what rank 1 writes
+        write(this, reason, *settings, **names)
+
+    patch.setattr(attempt.Attempt, "_record", record_late)
+    patch.setattr(attempt.Attempt, "_write", write_slowly)
+
+
+def hide_data_from_rank_1(patch, rank):
+    from torchtitan_bio.data import spikes
+
+    build = spikes.build
+    if rank == 1:
+        patch.setattr(spikes, "build", lambda **settings: build(**settings | {"source": "nowhere.arrow"}))
+
+
+def test_a_failure_of_one_rank_before_training_is_that_ranks_every_time_and_a_refusal_puts_back_what_was_there(tmp_path):
+    (tmp_path / "exit.json").write_text('{"reason": "finished"}')
+    (first, _), (second, _) = on_ranks(2, outcome_of_main, tmp_path, [], hide_data_from_rank_1, {})
+    assert first.startswith("ConfigError: reading the data failed on rank 1: ") and "nowhere.arrow" in first
+    assert second.startswith("ConfigError: ") and "nowhere.arrow" in second
+    assert exit_json(tmp_path) == {"reason": "finished"}
+    for is_loop in (False, True):
+        (first, _), (second, _) = on_ranks(2, outcome_of_main, tmp_path, [], break_reading_on_rank_1, {})
+        assert first == "FailedElsewhere: reading the data failed on rank 1: the disk of rank 1"
+        assert second == "OSError: the disk of rank 1"
+        record = exit_json(tmp_path)
+        assert (record["reason"], record["rank"], record["phase"]) == ("failed", 1, "reading the data")
+        assert "noticed" not in record and record.get("crash_loop", False) is is_loop
 
 
 def lose_the_lock(patch, rank):
@@ -183,13 +259,15 @@ def test_a_run_whose_folder_was_taken_over_saves_nothing_more(tmp_path):
 
 
 def blame(rank, folder, order):
-    """exit.json after two ranks of one start have failed in this order."""
+    """What ranks of one start say that fail in this order; with nothing to wait for, because they are one process."""
     from torchtitan_bio import attempt, distributed
+    from torchtitan_bio.config import ConfigError
 
     errors = {
         "own": OSError("disk"),
         "gloo": RuntimeError("[/src/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:35465"),
         "interrupt": KeyboardInterrupt(),
+        "refused": ConfigError("no such file"),
         "elsewhere": distributed.FailedElsewhere("saving failed on rank 3: disk"),
     }
     ranks = []
@@ -197,8 +275,9 @@ def blame(rank, folder, order):
         world = SimpleNamespace(rank=number)
         ranks.append(attempt.Attempt(folder, world, started="now", is_new=False, last_failure=None, lock=None, limit_s=60))
         ranks[-1].watch.enter("forward", 5)
-    with contextlib.redirect_stderr(io.StringIO()) as err:
-        for each, name in zip(ranks, order, strict=True):
+    with contextlib.redirect_stderr(io.StringIO()) as err, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attempt, "GRACE_S", 0)
+        for each, name in sorted(zip(ranks, order, strict=True), key=lambda pair: pair[1] == "refused"):
             each.__exit__(type(errors[name]), errors[name], None)
     return err.getvalue()
 
@@ -236,6 +315,11 @@ def test_a_full_disk_keeps_the_exit_json_there_is_and_leaves_no_half_of_another(
 def test_what_other_ranks_notice_of_an_interruption_does_not_make_a_failure_of_it(tmp_path):
     on_ranks(1, blame, tmp_path, ["interrupt", "gloo", "elsewhere"])
     assert (exit_json(tmp_path)["reason"], exit_json(tmp_path)["step"]) == ("interrupted", 5)
+
+
+def test_a_rank_0_that_is_refused_leaves_the_failure_that_another_rank_has_told_in_the_meantime(tmp_path):
+    on_ranks(1, blame, tmp_path, ["refused", "own"])
+    assert (exit_json(tmp_path)["reason"], exit_json(tmp_path)["rank"]) == ("failed", 1)
 
 
 # ---- as a user starts it ----
@@ -305,7 +389,7 @@ spikes.Spikes.sample = stuck_sample
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert time.time() - float((tmp_path / "script.py.stuck").read_text()) < 5 + 20
-    assert "rank 1: no progress for 5 s or more in step 3, data" in err
+    assert re.search(r"rank 1: no progress for 5 s or more in step 3, data, reading sample 10 \(\S*A2929.*\); the stacks", err)
     record = exit_json(tmp_path / "run")
     assert (record["reason"], record["rank"], record["step"], record["phase"]) == ("failed", 1, 3, "data")
     (stacks,) = (tmp_path / "run" / "stacks").iterdir()

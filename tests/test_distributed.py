@@ -18,7 +18,7 @@ def talk(rank):
         with world.together("saving"):
             if rank == 1:
                 raise OSError("disk full")
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError) as error:
         answers["error"] = f"{type(error).__name__}: {error}"
     return answers
 
@@ -31,6 +31,27 @@ def test_ranks_agree_on_sums_messages_and_errors():
     assert first["exchange"] == second["exchange"] == messages
     assert first["error"] == "FailedElsewhere: saving failed on rank 1: disk full"
     assert second["error"] == "OSError: disk full"
+
+
+def refuse(rank, broken):
+    """What each rank raises where rank 2 is given numbers that do not go together and some disks are broken."""
+    world = distributed.start(context_degree=2)
+    try:
+        with world.together("reading"):
+            if rank == 2:
+                distributed.degrees(8, 3, 1)
+            if rank in broken:
+                raise OSError("disk full")
+    except (OSError, RuntimeError, ValueError) as error:
+        return type(error).__name__, str(error)[:25]
+
+
+def test_what_other_ranks_hear_can_be_mended_by_a_user_where_all_that_failed_can():
+    of_rank_2 = "ValueError", "data_parallel_replicate_d"
+    heard = "RefusedElsewhere", "reading failed on rank 2:"
+    assert on_ranks(4, refuse, []) == [heard, heard, of_rank_2, heard]
+    heard, own = ("FailedElsewhere", "reading failed on rank 3:"), ("OSError", "disk full")
+    assert on_ranks(4, refuse, [3]) == [heard, heard, of_rank_2, own]
 
 
 def timeouts(rank):

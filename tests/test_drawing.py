@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from torchtitan_bio.science import drawing, rasters
+from torchtitan_bio.data import rows
+from torchtitan_bio.science import drawing, inventory, rasters
 
 
 def rgb(color):
@@ -88,6 +89,40 @@ def test_ticks_are_written_in_as_few_digits_as_tell_them_apart():
     assert drawing.as_text([0, 50000]) == ["0", "50,000"]
     assert drawing.as_text([1e-9, 2e-9]) == ["1e-09", "2e-09"]
     assert drawing.powers_of_ten(1, 1000) == [1, 10, 100, 1000]
+
+
+def test_a_logarithmic_axis_of_less_than_a_decade_or_of_many_has_a_few_ticks():
+    assert drawing.log_ticks(0.12, 0.9) == pytest.approx([0.2, 0.5])
+    assert drawing.log_ticks(0.05, 0.32) == pytest.approx([0.05, 0.1, 0.2])
+    assert drawing.log_ticks(1e-6, 1e3) == pytest.approx([1e-6, 1e-3, 1.0, 1e3])
+
+
+def check_letters(figure):
+    """That all titles and labels are on the picture, and none of an axis lies over its ticks."""
+    ticks = [(x - drawing.text_width(text), x, y) for (x, y), text, _, _, anchor, _ in figure._letters if anchor == "rm"]
+    for (x, y), text, size, _, anchor, upwards in figure._letters:
+        half = drawing.text_width(text, size) / 2
+        if upwards:
+            assert x >= 9, text
+            for begin, end, at in ticks:
+                assert begin > x + 7 or end < x - 7 or abs(at - y) > half + 8, (text, begin, x)
+        elif anchor in ("ms", "ma"):
+            assert half <= x <= figure.width - half, text
+
+
+def test_no_label_lies_over_the_ticks_and_no_title_leaves_the_picture():
+    rng = np.random.default_rng(0)
+    for n, most in ((3, 2), (400, 40), (400, 250), (6000, 100)):
+        counts = rng.integers(0, most, (2, n, 9)).astype(np.uint8)
+        check_letters(rasters.draw(counts[0], counts, counts[1], "a title"))
+    found = inventory.Inventory()
+    for row in rows.read(rows.find("ring-hmm:n=4,rows=3,test_rows=1")[0])[0]:
+        found.add(row)
+    for scale in (1, 10_000, 1_000_000):
+        result = found.result()
+        result["sources"][0]["silent_neurons"] = 300 * scale
+        result["sources"][0]["neurons_by_rate"] = [scale * number for number in result["sources"][0]["neurons_by_rate"]]
+        check_letters(inventory.draw(result, found.raster, "a title"))
 
 
 def test_limits_hold_every_finite_number():

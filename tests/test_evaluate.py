@@ -281,7 +281,7 @@ def test_a_subset_of_windows_is_compared_with_baselines_on_the_same_bins(run, wh
 def test_a_folder_of_results_that_cannot_be_written_is_refused_before_a_model_is_loaded(run, tmp_path, monkeypatch, out):
     (tmp_path / "a-file").touch()
     monkeypatch.setattr(evaluate.trained, "load", None)
-    with pytest.raises(ConfigError, match=f"nothing can be written in .*{out}.*--out names another folder"):
+    with pytest.raises(ConfigError, match=f"{out}.* cannot be written: .*--out names another folder"):
         try:
             evaluated(run, tmp_path / out)
         finally:

@@ -138,16 +138,29 @@ def test_a_prompt_comes_from_a_file_or_from_nowhere(run, tmp_path, capsys):
         (["--prompt", "halves.npz"], "not a matrix of integers: spike_counts is float64 (2, 9)"),
         (["--prompt", "nowhere.npz"], "nowhere.npz"),
         (["--data", "nowhere"], "nowhere"),
+        (["--prompt", "lab.nwb"], "of NWB files prepare.py spikes lab.nwb --out FOLDER makes a store"),
+        (["--data", "lab"], "of NWB files prepare.py spikes lab --out FOLDER makes a store"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_what_cannot_work_is_refused_before_a_folder_is_made(run, tmp_path, monkeypatch, words, complaint):
     monkeypatch.chdir(tmp_path)
+    Path("lab").mkdir()
+    for name in ("lab.nwb", "lab/day1.nwb"):
+        Path(name).touch()
     np.savez("flat.npz", spike_counts=np.zeros(9, np.uint8))
     np.savez("halves.npz", spike_counts=np.full((2, 9), 0.5))
     with pytest.raises(ConfigError) as refusal:
         generate.main(flags(run, "out", *words))
     assert complaint in str(refusal.value) and not Path("out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_drawn(run, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(trained, "load", None)
+    with pytest.raises(ConfigError, match="file/out cannot be written: .*Not a directory.*Name another folder"):
+        generate.main(flags(run, tmp_path / "file" / "out"))
+    distributed.stop()
 
 
 def test_folders_that_hold_no_model_or_hold_something_are_refused(run, tmp_path):

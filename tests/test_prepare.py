@@ -1,6 +1,7 @@
 """prepare.py from the command line: from a lab's files to what training reads, what inspect says, how split divides."""
 
 import json
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -16,7 +17,8 @@ from spike_files import build, recordings, table, write_arrow
 
 import prepare
 from torchtitan_bio.config import ConfigError
-from torchtitan_bio.data import keyed, store
+from torchtitan_bio.data import keyed, rows, store
+from torchtitan_bio.science import inventory
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,8 +66,16 @@ def test_a_labs_nwb_files_become_a_store_that_training_reads(tmp_path, capsys):
         (["spikes", "ring-hmm:n=4", "--out", "{}/out"], "nothing to prepare"),
         (["inspect", "{}/in", "--bin-width", "-1"], "--bin-width=-1.0 must be"),
         (["inspect", "{}/in", "--out", "{}/in/x.parquet"], "x.parquet is a file"),
+        (["inspect", "{}/in", "--out", "{}/in/x.parquet/y"], "x.parquet/y cannot be written: .*Name another folder"),
         (["inspect", "{}/in", "--interval", "trials"], "x.parquet holds counts and no intervals"),
         (["spikes", "{}/in", "--out", "{}/out", "--interval", "trials"], "x.parquet holds counts and no intervals"),
+        (["spikes", "{}/in", "{}/in/x.parquet", "--out", "{}/out"], "x.parquet is among the sources twice"),
+        (["inspect", "{}/in", "{}/empty/../in"], "x.parquet is among the sources twice"),
+        (["inspect", "ring-hmm:n=4", "ring-hmm:n=4"], "is among the sources twice"),
+        (
+            ["spikes", "{}/in", "--out", "{}/out", "--order", "{}/in/x.parquet"],
+            "x.parquet cannot be read: it is not a text file",
+        ),
         (["inspect", "{}/empty"], "expected .parquet, .arrow, .npz files"),
         (["split", "{}/in", "--by", "session"], "in is not a prepared store: prepare.py spikes .*in --out"),
         (["split", "{}/in", "--by", "session", "--test", "1"], "leave something for train"),
@@ -152,8 +162,10 @@ def test_inspect_says_of_files_and_of_their_store_what_plain_loops_find(tmp_path
         ("a", 2, 0, 0),
         ("c", 2, 1, 0),
     ]
-    assert found["malformed"] == [["c/mouse0/1/s6", "c", "ragged: its neurons have from 1 to 2 bins"]]
-    assert found["twice"] == [["b/mouse0/1/s4", "b/mouse1/1/s1"]]
+    fault = {"name": "c/mouse0/1/s6", "source_dataset": "c", "fault": "ragged: its neurons have from 1 to 2 bins"}
+    assert found["malformed"] == [fault | {"found_in": source.name}]
+    twice = {"name": "b/mouse0/1/s4", "first": "b/mouse1/1/s1", "found_in": source.name, "first_found_in": source.name}
+    assert found["twice"] == [twice]
     assert sum(found["total"]["neurons_by_rate"]) + found["total"]["silent_neurons"] == sum(map(len, matrices))
     said = capsys.readouterr().out
     for line in ("malformed: c/mouse0/1/s6: ragged", "there twice: b/mouse0/1/s4 has the counts of b/mouse1/1/s1", "all  "):
@@ -233,7 +245,7 @@ def test_neither_inspect_nor_a_conversion_holds_more_than_a_row_or_so(tmp_path):
         assert peak < 16 * 2**20 < num_rows * n * bins, (words[0], peak)  # of which bincount's 2**20 integers are 8
 
 
-def test_several_sources_are_one_table_in_which_what_names_no_source_goes_by_its_file(tmp_path, capsys):
+def test_several_sources_are_one_table_in_which_each_line_says_where_it_was_found(tmp_path, capsys):
     matrices, names = three_labs(tmp_path / "x.parquet")
     for number, folder in enumerate(("one", "two")):
         (tmp_path / folder).mkdir()
@@ -242,13 +254,58 @@ def test_several_sources_are_one_table_in_which_what_names_no_source_goes_by_its
     run("inspect", *given, "--out", tmp_path / "out")
     table_of = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[:7]]
     assert table_of[0] == "source_dataset" and table_of[6] == "all"
-    assert sorted(table_of[1:6]) == ["(no name) two", "(no name) y.npz", "a", "b", "c"]
+    assert sorted(table_of[1:6]) == ["two: (no name)", *(f"x.parquet: {name}" for name in "abc"), "y.npz: (no name)"]
     found = json.loads((tmp_path / "out" / "inventory.json").read_text())
     assert found["asked"] == ["x.parquet", "y.npz", "two"] and found["total"]["rows"] == len(names) + 2
     assert {of["found_in"] for of in found["sources"] if not of["source_dataset"]} == {"y.npz", "two"}
     assert found["total"]["counts"] == sum(matrix.size for matrix in matrices) + sum(
         recordings(2, seed=number)[1].size for number in (0, 1)
     )
+
+
+def test_what_two_folders_hold_under_the_same_names_is_told_apart(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    shared = rng.integers(0, 3, (3, 50))
+    for number, folder in enumerate(("lab1", "lab2")):
+        (tmp_path / folder).mkdir()
+        matrices = [np.array([[2, 2]]), rng.integers(1, 3, (2, 40 + number)), shared, [[1, 2], [3]]]
+        columns = {"source_dataset": ["flat", "a", "a", "a"], "subject_id": list("flat")}
+        pq.write_table(table(matrices, **columns), tmp_path / folder / "x.parquet")
+        (tmp_path / folder / f"tmp{number}2345678.arrow").touch()
+    run("spikes", tmp_path / "lab2", "--bin-width", 0.05, "--out", tmp_path / "store")
+    assert "--data.max_malformed_rows 1; look at it" in capsys.readouterr().out
+    run("inspect", tmp_path / "lab1", tmp_path / "store", "--out", tmp_path / "out")
+    said = capsys.readouterr().out
+    lines = {line.partition("  ")[0]: re.split(r"  +", line) for line in said.splitlines()}
+    assert lines["lab1: a"][2:6] == ["230", "2 to 3", "?", "?"] and lines["store: a"][2:6] == ["232", "2 to 3", "5", "0.05"]
+    assert lines["all"][1:3] == ["8", "466"] and lines["all"][5] == "0.05 and ?"
+    assert lines["lab1: flat"][8] == "0.000" and "-0.000" not in said
+    for place in ("lab1", "store"):
+        assert f"malformed: {place}: a/t/1/s3: ragged" in said
+    assert "there twice: store: a/a/1/s2 has the counts of lab1: a/a/1/s2" in said
+    found = json.loads((tmp_path / "out" / "inventory.json").read_text())
+    assert [of["silent_neurons"] for of in found["sources"]] == [0] * 4
+    given = inventory.Inventory()
+    for file in rows.find(str(tmp_path / "lab1")):
+        for row in rows.read(file)[0]:
+            given.add(row, "lab1")
+    titles = [text for _, text, *_ in inventory.draw(given.result(), given.raster, "")._letters if "neurons" in text]
+    assert titles == ["5 neurons", "neurons of all rows", "1 neurons", "neurons of all rows"]
+    run("inspect", tmp_path / "lab1", tmp_path / "lab2")
+    said = capsys.readouterr().out
+    for place, number in (("lab1", 0), ("lab2", 1)):
+        assert f"{place}: tmp{number}2345678.arrow is not read: by its name a leftover" in said
+    (tmp_path / "a").mkdir()
+    (tmp_path / "lab2").rename(tmp_path / "a" / "lab1")
+    run("inspect", tmp_path / "lab1", tmp_path / "a" / "lab1")
+    assert "there twice: lab1 (2): a/a/1/s2 has the counts of lab1 (1): a/a/1/s2" in capsys.readouterr().out
+
+
+def test_a_store_of_nothing_but_malformed_rows_is_not_offered_for_training(tmp_path, capsys):
+    pq.write_table(table([[[1, 2], [3]]]), tmp_path / "x.parquet")
+    run("spikes", tmp_path / "x.parquet", "--out", tmp_path / "store")
+    said = capsys.readouterr().out
+    assert "none of its rows can be read" in said and "--data.source" not in said
 
 
 def test_a_synthetic_population_is_inspected_too(capsys):

@@ -55,6 +55,21 @@ def test_a_silent_or_constant_neuron_leaves_a_statistic_undefined_and_spoils_no_
     assert all(np.isfinite(value) for value in row.values())
     silent = realism.compare(np.zeros_like(windows[:2]), np.zeros_like(windows))
     assert silent["fano"] == {"samples": None, "data": None, "difference": None, "floor": None}
+    nothing = dict.fromkeys(("samples", "data", "difference", "floor"))
+    assert silent["interval"] == nothing and "  interval                 -         -           -             -" in "\n".join(
+        realism.table(silent)
+    )
+    one_bin = realism.compare(np.ones((2, 3, 1), np.uint8), np.ones((9, 3, 1), np.uint8))
+    assert one_bin["interval"] == nothing and one_bin["population"]["data"] == 3
+    for samples, data, words in (
+        (np.zeros_like(windows), windows, "no spikes in the samples"),
+        (windows[:1] * 0, windows * 0, "no spikes in the data and the samples"),
+        (np.ones((2, 3, 1), np.uint8), np.ones((9, 3, 1), np.uint8), "nowhere defined"),
+    ):
+        texts = [text for _, text, *_ in realism.draw(samples, data)._letters]
+        one_sided = words.endswith("in the samples") and "data" not in words  # of intervals those of the data are drawn
+        assert texts.count(words) == (3 if one_sided or words.startswith("nowhere") else 4), words
+        assert texts.count("samples: none") == one_sided
     assert silent["rate"]["difference"] == 0 and silent["population"]["difference"] == 0
     assert any("-" in line for line in realism.table(silent))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from torchtitan_bio import config_loader, resume
-from torchtitan_bio.config import Config
+from torchtitan_bio.config import Config, ConfigError
 from torchtitan_bio.data import spikes
 from torchtitan_bio.science import disclosure, drawing, rasters, report, report_parts, ring_hmm_floor
 
@@ -135,6 +135,24 @@ def test_the_scores_of_a_model_that_has_learnt_little_are_inside_the_frame(tmp_p
     html, page = read_page(write_run(tmp_path / "run", lines, steps=1))
     assert "Below the frame" not in page.text
     assert "run, step 0: -60.0000 bits/spike" in html and "run, step 1: -17.0000 bits/spike" in html
+
+
+def test_the_longest_name_of_a_level_has_room_beside_the_chart(tmp_path):
+    folder = write_run(tmp_path / "run")
+    for name in ("pooled token 3-gram (the predecessor's)", "short"):
+        (folder / "ladder.json").write_text(json.dumps({"held_out": HELD_OUT, "rungs": [[name, 0.5]]}))
+        html, _ = read_page(folder)
+        svg = html[html.rindex("viewBox", 0, html.index("bits per spike by step")) :].partition("</figure>")[0]
+        width, begin = int(svg.split()[2]), float(re.search(r'<text x="([\d.]+)"[^>]*text-anchor="start"', svg)[1])
+        assert width - begin > len(name) * 0.57 * 12.5  # letters of DejaVu Sans, the widest of the usual fonts
+        assert begin > 500  # and the chart keeps its size
+
+
+def test_on_a_narrow_screen_each_number_has_its_head_beside_it():
+    found = Reader(report_parts.table(["", "bits/spike", ""], [["a", 1.5, "words"]], words=(0, 2)))
+    assert found.tags[1] == ("table", {"class": "tall"})
+    assert [each for each in found.of("td")] == [{"class": "w"}, {"data-head": "bits/spike"}, {"class": "w"}]
+    assert Reader(report_parts.table([], [["a", 1.5]])).of("table") == [{}]
 
 
 def test_a_dot_lies_where_the_axes_say_its_value_is(tmp_path):
@@ -277,6 +295,23 @@ def test_a_record_of_another_version_is_told_and_the_rest_is_shown(tmp_path):
     _, page = read_page(folder)
     assert "ladder.json is not of this version: it has no 'rungs'" in page.text
     assert "evaluation.json is not of this version: it has no 'checkpoints'" in page.text
+    scored = {"step": 1, "scores": {"bits_per_spike": "x"}, "curves": {"all": {}}}
+    for content in (
+        {"checkpoints": []},
+        {"checkpoints": [{"scores": {}}], "data": 3},
+        {"checkpoints": [scored]},
+        an_evaluation() | {"checkpoints": [an_evaluation()["checkpoints"][0] | scored]},
+        an_evaluation() | {"warnings": 7},
+    ):
+        (folder / "evaluation" / "evaluation.json").write_text(json.dumps(content))
+        (folder / "ladder.json").write_text(json.dumps({"held_out": HELD_OUT, "rungs": [["a name", "and no number"]]}))
+        said = []
+        report.write_page([folder], tmp_path / "page.html", said.append)
+        page = Reader((tmp_path / "page.html").read_text())
+        for name in ("evaluation.json", "ladder.json"):
+            told = f"{name} is not of this version: "
+            assert told in page.text and any(line.startswith(f"report: run: {told}") for line in said)
+        assert page.row("held-out score") == ["1.234 bits/spike after step 40"]
 
 
 def an_evaluation(groups=(), value=1.0):
@@ -321,6 +356,13 @@ def test_an_evaluation_is_shown_with_its_errors_and_two_on_the_same_axes(tmp_pat
     for label, dots in (("context", 6), ("neuron", 2), ("checkpoint", 4)):
         svg = html[html.index(f'aria-label="bits per spike by {label}"') :].partition("</figure>")[0]
         assert svg.count("<circle") == dots and "one: 1.0000" in svg and "two: 1.5000" in svg
+    assert "Without a spike, and so without a score: one at 1; two at 1." in page.text
+    assert "each place is another neuron. Below the frame" not in page.text
+    evaluation = an_evaluation(["lab"])
+    evaluation["checkpoints"][1]["curves"]["all"]["neuron"]["bits_per_spike"] = [-40.0, -0.5]
+    (folders[0] / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
+    _, page = read_page(folders[0])
+    assert "each place is another neuron. Below the frame: one -40.0 at 0." in page.text
     assert "(a bin is 20 ms)" in page.text and page.text.count("one: at most 0.0625 away") == 1
 
 
@@ -460,6 +502,12 @@ def test_as_a_command_it_writes_the_page_or_says_what_is_no_run(tmp_path, monkey
     with pytest.raises(ValueError, match="no run folder.*metrics.jsonl"):
         report.main()
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(report, "page", None)  # refused before any work
+    for out, complaint in (("file/x.html", "file cannot be written: .*Name another"), (tmp_path, "is a folder; name a file")):
+        monkeypatch.setattr("sys.argv", ["report", str(folder), "--out", str(out)])
+        with pytest.raises(ConfigError, match=complaint):
+            report.main()
 
 
 def test_the_defaults_that_settings_are_compared_with_are_those_of_config_py(tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -60,25 +61,51 @@ case "$1 $2" in
         kill -TERM $PPID ;;
 esac
 """
-# Does in each attempt what PLAN says: wait for STOP, linger, leave an exit.json, exit with a code.
+# Does in each attempt what PLAN says: take the folder or not, wait for STOP, linger, leave an exit.json, exit with a code. As
+# train.py it marks its exit.json and drops an older STOP (tests/test_attempt.py).
 TRAINER = r"""
-import json, os, sys, time
+import json, os, socket, sys, time
 from pathlib import Path
 
 folder = Path(os.environ["CLUSTER"], "run folder")
 folder.mkdir(exist_ok=True)
 plan = json.loads(os.environ["PLAN"])[int(os.environ.get("SLURM_RESTART_COUNT", 0))]
-seen = {name: os.environ.get(name) for name in plan.get("tell", [])} | {"STOP": (folder / "STOP").exists()}
+stop, launch = folder / "STOP", os.environ["TRAIN_SH_LAUNCH"]
+
+
+def record(told):
+    (folder / "exit.json.new").write_text(json.dumps(told | {"launch": launch}, indent=1))
+    (folder / "exit.json.new").rename(folder / "exit.json")
+
+
+(folder / "arrived").touch()
+if os.environ.get("RANK", "0") == "0" and plan.get("takes", True):
+    time.sleep(plan.get("takes_after", 0))
+    if stop.exists() and stop.stat().st_mtime < int(launch.partition(".")[0]):
+        stop.unlink()
+    record({"reason": "running"})
+seen = {name: os.environ.get(name) for name in plan.get("tell", [])} | {"STOP": stop.exists()}
 (folder / f"started-{os.environ.get('RANK', 0)}").write_text(json.dumps(seen))
 if plan.get("waits"):
     deadline = time.monotonic() + 20
-    while not (folder / "STOP").exists():
+    while not stop.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     (folder / "saving").touch()
-    time.sleep(plan.get("lingers", 0))
+time.sleep(plan.get("lingers", 0))
+if plan.get("leaves_a_rank"):
+    holder = {"host": socket.gethostname(), "pid": os.getpid()}
+    (folder / "lock").write_text(json.dumps(holder))
+    if os.fork():
+        os._exit(plan["code"])  # as a torchrun that was killed
+    (folder / "lock").write_text(json.dumps(holder | {"pid": os.getpid()}))
+    time.sleep(0.6)
 if "exit.json" in plan:
-    (folder / "exit.json").write_text(plan["exit.json"])
+    try:
+        record(json.loads(plan["exit.json"]))
+    except (ValueError, TypeError):
+        (folder / "exit.json").write_text(plan["exit.json"])
+(folder / "lock").unlink(missing_ok=True)
 os._exit(plan["code"])
 """
 PREFLIGHT = r"""
@@ -95,6 +122,13 @@ PREEMPTED = {"exit.json": '{"reason": "preempted", "step": 5, "why": "STOP"}', "
 FINISHED = {"exit.json": '{"reason": "finished", "step": 10}', "code": 0}
 UNTIL_STOP = PREEMPTED | {"waits": True}
 WITHOUT_A_STEP = PREEMPTED | {"exit.json": '{"reason": "preempted", "step": null, "steps_here": 0, "why": "STOP"}'}
+
+
+def processes_of(job: subprocess.Popen) -> list[str]:
+    """Those of its process group that still run; dead ones that nobody has asked after do not."""
+    listed = subprocess.run(["ps", "-A", "-o", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    lines = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return [arguments for group, state, arguments in lines if int(group) == job.pid and not state.startswith("Z")]
 
 
 @dataclass(frozen=True)
@@ -141,8 +175,7 @@ class Cluster:
     def end(self) -> list[int]:
         """The exit code of each attempt; nothing of the job may still run."""
         self.jobs[-1].wait(timeout=400)
-        with pytest.raises(ProcessLookupError):
-            os.killpg(self.jobs[-1].pid, 0)
+        assert processes_of(self.jobs[-1]) == []
         return [int(code) for code in (self.state / "codes").read_text().split()]
 
 
@@ -202,17 +235,20 @@ def test_a_job_that_was_not_preempted_is_not_requeued_and_its_exit_code_is_that_
     cluster.run_folder.mkdir()
     if before:
         (cluster.run_folder / "exit.json").write_text(before)
-    cluster.sbatch({"code": code} | ({"exit.json": now} if now else {}))
+    cluster.sbatch({"code": code} | ({"exit.json": now} if now else {"takes": False}))
     assert cluster.end() == [code] and cluster.requeued == []
     assert "job 123 is not requeued" in cluster.log
+    if not now:
+        assert "exit.json: nothing of this start" in cluster.log
 
 
-def test_what_an_earlier_failure_wrote_is_there_for_train_py_to_read(cluster):
+@pytest.mark.parametrize("earlier", [FAILED, FINISHED["exit.json"]], ids=["failed", "finished"])
+def test_what_an_earlier_start_wrote_is_there_for_train_py_to_read_and_after_one_that_is_refused(cluster, earlier):
     cluster.run_folder.mkdir()
-    (cluster.run_folder / "exit.json").write_text(FAILED)
-    cluster.sbatch({"code": 1})
+    (cluster.run_folder / "exit.json").write_text(earlier)
+    cluster.sbatch({"takes": False, "code": 2})
     cluster.end()
-    assert (cluster.run_folder / "exit.json").read_text() == FAILED
+    assert (cluster.run_folder / "exit.json").read_text() == earlier
 
 
 def test_a_mistake_in_the_config_ends_the_job_with_code_2_before_anything_starts(cluster):
@@ -223,6 +259,7 @@ def test_a_mistake_in_the_config_ends_the_job_with_code_2_before_anything_starts
 def test_a_finished_run_ends_well_whatever_code_the_launcher_makes_of_it_and_an_old_STOP_does_not_touch_it(cluster):
     cluster.run_folder.mkdir()
     (cluster.run_folder / "STOP").touch()
+    os.utime(cluster.run_folder / "STOP", (1, 1))
     cluster.sbatch(FINISHED | {"code": 1})
     assert cluster.end() == [0] and cluster.requeued == []
     assert json.loads((cluster.run_folder / "started-0").read_text()) == {"STOP": False}
@@ -247,11 +284,56 @@ def test_more_signals_while_the_run_saves_change_nothing(cluster):
     assert json.loads((cluster.run_folder / "started-0").read_text()) == {"STOP": False}
 
 
-def test_a_signal_before_the_run_has_started_is_not_lost(cluster):
-    cluster.sbatch(UNTIL_STOP, FINISHED, CHECK_S="0.5")
+OF_ANOTHER_JOB = json.dumps({"reason": "running", "launch": "1.122.9"}, indent=1)
+
+
+def test_a_signal_before_the_run_has_started_is_not_lost_and_reaches_it_once_it_has_the_folder(cluster):
+    cluster.run_folder.mkdir()
+    (cluster.run_folder / "exit.json").write_text(OF_ANOTHER_JOB)
+    cluster.sbatch(UNTIL_STOP | {"takes_after": 0.5}, FINISHED, CHECK_S="0.3")
     cluster.wait_for(cluster.state / "checking")
     cluster.signal(signal.SIGUSR1)
+    cluster.wait_for(cluster.run_folder / "arrived")
+    time.sleep(0.3)
+    assert not (cluster.run_folder / "STOP").exists()  # the other run would have left
     assert cluster.end() == [0, 0] and cluster.requeued == ["123"]
+
+
+def test_a_second_job_in_a_folder_is_refused_and_neither_it_nor_its_signals_touch_the_first_ones_STOP(cluster):
+    cluster.run_folder.mkdir()
+    (cluster.run_folder / "exit.json").write_text(OF_ANOTHER_JOB)
+    refused = {"takes": False, "lingers": 0.4, "code": 2}
+    cluster.sbatch(refused, CHECK_S="0.2")
+    for place in (cluster.state / "checking", cluster.run_folder / "arrived"):
+        cluster.wait_for(place)
+        cluster.signal(signal.SIGTERM)
+    assert cluster.end() == [2] and cluster.requeued == []
+    assert not (cluster.run_folder / "STOP").exists()
+    (cluster.run_folder / "STOP").touch()  # for the first one, which has not looked yet
+    os.utime(cluster.run_folder / "STOP", (1, 1))
+    cluster.sbatch(refused | {"lingers": 0})
+    assert cluster.end() == [2, 2] and (cluster.run_folder / "STOP").exists()
+    assert (cluster.run_folder / "exit.json").read_text() == OF_ANOTHER_JOB
+
+
+def test_ranks_that_save_when_torchrun_was_killed_are_waited_for(cluster):
+    left = PREEMPTED["exit.json"].replace("STOP", "launcher gone")
+    cluster.sbatch({"leaves_a_rank": True, "exit.json": left, "code": 137}, FINISHED)
+    assert cluster.end() == [0, 0] and cluster.requeued == ["123"]
+    assert "preempted, step 5, why launcher gone; requeueing job 123" in cluster.log
+
+
+def test_a_lock_whose_process_is_gone_is_not_waited_for(cluster):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    cluster.run_folder.mkdir()
+    (cluster.run_folder / "lock").write_text(json.dumps({"host": socket.gethostname(), "pid": dead.pid}))
+    trainer = TRAINER.replace('(folder / "lock").unlink(missing_ok=True)', "")
+    (cluster.checkout / "train.py").write_text(trainer)
+    began = time.monotonic()
+    cluster.sbatch({"code": 137})
+    assert cluster.end() == [137] and time.monotonic() - began < 30
+    assert "exit code 137, exit.json: running; job 123 is not requeued" in cluster.log
 
 
 def test_three_starts_in_a_row_without_a_step_end_the_requeueing_and_the_remedy_is_told(cluster):
@@ -265,6 +347,14 @@ def test_three_starts_in_a_row_without_a_step_end_the_requeueing_and_the_remedy_
     assert "longer --time" in cluster.log
 
 
+@pytest.mark.parametrize("left", [WITHOUT_A_STEP, PREEMPTED], ids=["without a step", "with steps"])
+def test_a_count_of_starts_that_cannot_be_written_is_told_and_the_job_goes_on(cluster, left):
+    (cluster.run_folder / "idle_starts").mkdir(parents=True)  # neither `>>` nor `rm -f` can do anything with it
+    cluster.sbatch(left, FINISHED)
+    assert cluster.end() == [0, 0] and cluster.requeued == ["123"]
+    assert "train.sh: warning: " in cluster.log and "idle_starts" in cluster.log
+
+
 def test_the_legs_of_an_array_count_their_starts_without_a_step_together(cluster):
     cluster.run_folder.mkdir()
     (cluster.run_folder / "idle_starts").write_text("77\n" * 2)
@@ -272,18 +362,35 @@ def test_the_legs_of_an_array_count_their_starts_without_a_step_together(cluster
     assert cluster.end() == [1] and cluster.requeued == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_a_run_by_hand_is_being_checked_ends_the_script_and_the_check_at_once(cluster, number):
-    script = cluster.start("bash", "train.sh", "x.toml", CHECK_S="60")
-    cluster.wait_for(cluster.state / "checking")
+SLOW_TORCH = """
+import os, time
+
+open(os.environ["CLUSTER"] + "/counting", "w").close()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "number, place",
+    [
+        (signal.SIGTERM, "checking"),
+        (signal.SIGINT, "checking"),
+        (signal.SIGHUP, "checking"),
+        (signal.SIGUSR1, "checking"),
+        (signal.SIGTERM, "counting"),
+    ],
+)
+def test_a_signal_while_a_run_by_hand_is_prepared_ends_the_script_and_what_it_asks_at_once(cluster, number, place):
+    (cluster.checkout / "torch.py").write_text(SLOW_TORCH)
+    uncounted = {"NPROC": "", "PYTHONPATH": str(cluster.checkout)} if place == "counting" else {}
+    script = cluster.start("bash", "train.sh", "x.toml", CHECK_S="60", **uncounted)
+    cluster.wait_for(cluster.state / place)
     script.send_signal(number)
     assert script.wait(timeout=5) == -number
     deadline = time.monotonic() + 5
-    with pytest.raises(ProcessLookupError):
-        while time.monotonic() < deadline:
-            os.killpg(script.pid, 0)
-            time.sleep(0.02)
-    assert not cluster.run_folder.exists()
+    while processes_of(script) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert processes_of(script) == [] and not cluster.run_folder.exists()
 
 
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])
@@ -353,8 +460,7 @@ def test_a_sigusr1_to_torchrun_reaches_its_workers_and_leaves_none_behind(cluste
     job.send_signal(signal.SIGUSR1)  # train.sh has become torchrun
     job.wait(timeout=60)
     assert [(cluster.state / f"saved-{rank}").read_text() for rank in range(2)] == [f"{signal.SIGUSR1.value} 300"] * 2
-    with pytest.raises(ProcessLookupError):
-        os.killpg(job.pid, 0)
+    assert processes_of(job) == []
 
 
 OF_THE_MACHINE = ("_per_s", "_per_s_per_device", "_s", "seconds", "_gib", "mfu", "hfu")

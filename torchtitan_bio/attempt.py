@@ -17,6 +17,9 @@ from pathlib import Path
 from torchtitan_bio import distributed, run_lock, watchdog
 from torchtitan_bio.config import ConfigError
 
+LAUNCH = "TRAIN_SH_LAUNCH"  # of a SLURM job under train.sh: the second it began in, a dot, and what makes it unique
+GRACE_S = 1.0  # what ranks notice of a failure waits so long for the words of the rank that failed
+
 
 class Attempt:
     """A context manager around the run: it watches over its phases, records a failure, and gives the run folder back.
@@ -110,14 +113,21 @@ class Attempt:
 
     def _record(self, error: str, *, others: bool = False):
         """The first cause stays: what a rank has done itself comes before what others have noticed of it."""
-        there = read(self.folder)
-        is_of_this_start = there.get("reason") in ("failed", "interrupted") and there.get("started") == self.started
-        if is_of_this_start and (others or not there.get("noticed")):
+        deadline = time.monotonic() + GRACE_S
+        while not (there := self._end_of_this_start()) and others and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if there and (others or not there.get("noticed")):
             return
         failure = {"rank": self.rank, "phase": self.watch.phase, "error": error} | ({"noticed": True} if others else {})
         if is_same(self._last_failure, failure | {"step": self.watch.step}):
             failure["crash_loop"] = True
         self._write_or_say("failed", self.watch.step, **failure)
+
+    def _end_of_this_start(self) -> dict:
+        """The record of what has ended it, by whichever rank; {} as long as there is none."""
+        there = read(self.folder)
+        is_one = there.get("reason") in ("failed", "interrupted") and there.get("started") == self.started
+        return there if is_one else {}
 
     def _write_or_say(self, reason: str, step: int | None, **facts):
         """As _write, but an error here (the disk is full, say) does not take the place of the one that ends the run."""
@@ -127,11 +137,14 @@ class Attempt:
             print(f"rank {self.rank} could not write exit.json: {error}", file=sys.stderr, flush=True)
 
     def _write(self, reason: str, step: int | None, **facts):
-        record = {"reason": reason, "step": step, "attempt": number(), "started": self.started, "job": job()} | facts
+        record = {"reason": reason, "step": step, "attempt": number(), "started": self.started, "job": job()}
+        record |= {"launch": os.environ.get(LAUNCH)} | facts
         record = {key: value for key, value in record.items() if value is not None or key == "step"}
         self._replace(json.dumps(record, indent=1).encode() + b"\n")
 
     def _put_back(self):
+        if self._end_of_this_start():
+            return  # while this rank was refused, another one failed
         if self._earlier is None:
             (self.folder / "exit.json").unlink(missing_ok=True)
         else:
@@ -164,6 +177,7 @@ def begin(folder: Path, world, *, limit_s: float, stale_s: float, say: Callable[
                     "cause and start it by hand, or submit it anew: a machine would only repeat it"
                 )
             lock = run_lock.take(folder, stale_s=stale_s, say=say)
+            remove_old_stop(folder)
             stacks = watchdog.dumps(folder / "stacks")
             if stacks and last.get("started") and stacks[-1].name.startswith(last["started"]):
                 say(f"warning: the last start of this run ended with stacks: {stacks[-1]}")
@@ -180,6 +194,14 @@ def begin(folder: Path, world, *, limit_s: float, stale_s: float, say: Callable[
         if lock:
             lock.release()
         raise
+
+
+def remove_old_stop(folder: Path):
+    """In a SLURM job a STOP from before train.sh began was meant for another start. For who holds the folder alone."""
+    began_s, file = os.environ.get(LAUNCH, "").partition(".")[0], folder / "STOP"
+    with suppress(FileNotFoundError):
+        if began_s and file.stat().st_mtime < int(began_s):
+            file.unlink()
 
 
 def number() -> int:

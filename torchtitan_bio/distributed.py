@@ -17,9 +17,15 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from torchtitan_bio import exits
 
-class FailedElsewhere(ValueError):
+
+class FailedElsewhere(RuntimeError):
     """What failed on another rank, which keeps its own error."""
+
+
+class RefusedElsewhere(ValueError):
+    """What other ranks have refused, each of them as something that a user can mend."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +85,22 @@ class World:
     def together(self, what: str):
         """Run the body; if it fails on any rank, every rank raises, so that none waits for one that has left.
 
-        The body itself must not communicate. A rank that failed keeps its own exception.
+        The body itself must not communicate. A rank that failed keeps its own exception; the others' is one that a user can
+        mend only where that of each failed rank is.
         """
         failure = None
         try:
             yield
         except Exception as error:
             failure = error
-        reports = self.exchange(str(failure) if failure else None)
+        report = {"error": str(failure), "is_of_the_input": exits.is_of_the_input(failure)} if failure else None
+        reports = self.exchange(report)
         if failure:
             raise failure
-        failed = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if report is not None]
+        failed = [(report["is_of_the_input"], rank, report["error"]) for rank, report in enumerate(reports) if report]
         if failed:
-            raise FailedElsewhere(f"{what} failed on {failed[0]}")
+            can_be_mended, rank, error = min(failed)
+            raise (RefusedElsewhere if can_be_mended else FailedElsewhere)(f"{what} failed on rank {rank}: {error}")
 
 
 def exchange(value, group: dist.ProcessGroup | None = None) -> list:
@@ -195,7 +204,9 @@ def is_of_another_rank(error: BaseException | None) -> bool:
     """Whether an error only tells that another rank failed, went away or did not answer in time."""
     while error is not None:
         # What gloo says of a lost or silent peer is a plain RuntimeError that begins with a place in its sources.
-        if isinstance(error, FailedElsewhere | dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error)):
+        if isinstance(error, FailedElsewhere | RefusedElsewhere | dist.DistError):
+            return True
+        if isinstance(error, RuntimeError) and "gloo/" in str(error):
             return True
         error = error.__cause__
     return False

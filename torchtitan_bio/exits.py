@@ -18,10 +18,17 @@ def blaming_the_input():
     try:
         yield
     except ValueError as error:
-        *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-        if innermost.f_globals["__name__"].partition(".")[0] in OWN_CODE:
+        if is_of_the_input(error):
             raise ConfigError(error) from error
         raise
+
+
+def is_of_the_input(error: BaseException) -> bool:
+    """Whether our own code has raised this error, and as one that a user can mend."""
+    if not isinstance(error, ValueError):
+        return False
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return innermost.f_globals["__name__"].partition(".")[0] in OWN_CODE
 
 
 @contextmanager

@@ -346,7 +346,12 @@ class _Orders:
 
 def _read_order(path):
     with sources.reading(path):
-        words = re.split(r"[\s,]+", Path(path).read_text(encoding="utf-8").strip())
+        try:
+            words = re.split(r"[\s,]+", Path(path).read_text(encoding="utf-8").strip())
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                "it is not a text file; save the order as text, such as numpy.savetxt with fmt='%d' does"
+            ) from error
         if sorted(words) != sorted(map(str, range(len(words)))):
             raise ValueError(
                 f"expected the whole numbers 0 to {len(words) - 1} in any order, separated by spaces, commas or lines"

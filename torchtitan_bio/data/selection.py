@@ -58,11 +58,12 @@ def draw_splits(index, by, *, test, validation=0.0):
     splits = np.where(at < test, "test", np.where(at < test + validation, "validation", "train"))
     for name, share in (("test", test), ("validation", validation), ("train", 1 - test - validation)):
         if share > 0 and name not in splits:
-            groups = number_of(len(set(at.tolist())), by)
+            places = sorted(set(at.tolist()))
+            rest = f" and {len(places) - 12} more" if len(places) > 12 else ""
             raise ValueError(
-                f"by {by}, of {groups} none falls into {name!r} ({share:.3g} of all). In order of their keys they lie at "
-                + ", ".join(f"{place:.3f}" for place in sorted(set(at.tolist()))[:12])
-                + ": choose shares that part these, test from 0 up and validation after it"
+                f"by {by}, of {number_of(len(places), by)} none falls into {name!r} ({share:.3g} of all). In order of their "
+                f"keys they lie at {', '.join(f'{place:.3f}' for place in places[:12])}{rest}"
+                ": choose shares that part these, test from 0 up and validation after it"
             )
     return splits.tolist()
 

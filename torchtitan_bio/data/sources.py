@@ -84,6 +84,8 @@ def _local(path, split):
     files, skipped = _files_below(path) if path.is_dir() else ([path], [])
     if not files or files[0].suffix not in SUFFIXES:
         beside = "".join(f"; {file} is not read: {reason}" for file, reason in skipped[:3])
+        if path.suffix == ".nwb" or (path.is_dir() and any(path.rglob("*.nwb"))):
+            beside += f"; of NWB files prepare.py spikes {path} --out FOLDER makes a store, to be named instead"
         raise ValueError(f"{path}: expected {', '.join(SUFFIXES)} files{beside}")
     if len(suffixes := {file.suffix for file in files}) > 1:
         raise ValueError(
@@ -211,6 +213,17 @@ def write_whole(path, write, remedy="Set data.index_folder to a folder that can 
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder, remedy="Name another folder"):
+    """Make a folder, or find that of its name, in which files can be written; ValueError before there is any work to lose."""
+    probe = Path(folder) / f".{secrets.token_hex(8)}.partial"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written: {error}. {remedy}") from error
 
 
 def record_batches(file, cache_folder):

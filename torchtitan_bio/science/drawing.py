@@ -100,11 +100,13 @@ class Axes:
             figure.text((left - 6, at), text, color=GREY, anchor="rm")
         figure.polyline([(left, top), (left, bottom), (right, bottom)], GREY, 1)
         if title:
-            figure.text(((left + right) / 2, top - 6), title, anchor="ms")
+            inside = figure.width - 8 - text_width(title) / 2  # a title that is wider than its axes stays on the picture
+            figure.text((min((left + right) / 2, inside), top - 6), title, anchor="ms")
         if x_label:
             figure.text(((left + right) / 2, bottom + (23 if len(x_ticks) else 8)), x_label, anchor="ma")
         if y_label:
-            figure.text((left - (46 if len(y_ticks) else 14), (top + bottom) / 2), y_label, upwards=True)
+            room = max(46, 22 + max(map(text_width, as_text(y_ticks)))) if len(y_ticks) else 14
+            figure.text((left - room, (top + bottom) / 2), y_label, upwards=True)
 
     def line(self, x, y, color, *, width=2.0, label=""):
         """Through the points (x, y); it is interrupted where one of them is not finite."""
@@ -147,9 +149,7 @@ class Axes:
 
     def legend(self, *, right=True, top=True, above=False):
         """The labels so far, in a corner, or in a row above the frame, where they hide nothing."""
-        from PIL import ImageFont
-
-        widths = [ImageFont.load_default(TEXT).getlength(label) + 34 for label, _ in self.labels]
+        widths = [text_width(label) + 34 for label, _ in self.labels]
         if above:
             x = self.box[2] - sum(widths) - 8 * (len(widths) - 1)
             for (label, color), width in zip(self.labels, widths, strict=True):
@@ -182,6 +182,12 @@ class Axes:
         return left + min(max(across, 0), 1) * (right - left), bottom - min(max(along, 0), 1) * (bottom - top)
 
 
+def text_width(text: str, size=TEXT) -> float:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size).getlength(text)
+
+
 def _largest(counts, num_cells, axis):
     """The maxima of at most num_cells stretches along an axis."""
     size = counts.shape[axis]
@@ -203,6 +209,15 @@ def round_numbers(low: float, high: float, num_wanted: float) -> list[float]:
 
 def powers_of_ten(low: float, high: float) -> list[float]:
     return [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
+
+
+def log_ticks(low: float, high: float, most: int = 4) -> list[float]:
+    """Powers of ten, at most so many, evenly spread; where there are fewer than two, 1, 2 and 5 times them."""
+    powers = powers_of_ten(low, high)
+    if len(powers) >= 2:
+        return powers[:: math.ceil(len(powers) / most)]
+    around = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [tick for power in around for digit in (1, 2, 5) if low <= (tick := digit * 10.0**power) <= high]
 
 
 def as_text(numbers) -> list[str]:

@@ -21,28 +21,37 @@ MOST_PANELS = 5
 
 
 class Inventory:
-    """Add rows one by one; `result` is JSON, `raster` has a stretch of the first readable recording of each source."""
+    """Add rows one by one; `result` is JSON, `raster` has a stretch of the first readable recording of each source.
+
+    A source is a source_dataset of what was asked for: of several folders that hold the same one, each has its own sums.
+    """
 
     def __init__(self):
         self.sources, self.malformed, self.twice, self.raster, self._first = {}, [], [], {}, {}
 
     def add(self, row, found_in: str = ""):
-        """found_in: a file or folder, by which rows that name no source_dataset are told apart."""
-        source = row.source_dataset, "" if row.source_dataset else found_in
+        """found_in: which of the files or folders that were asked for."""
+        source = row.source_dataset, found_in
         sums = self.sources.setdefault(source, _Sums())
         sums.splits[row.split] += 1
         if row.fault:
             sums.malformed += 1
-            self.malformed += [[row.name, row.source_dataset, row.fault]] if len(self.malformed) < MOST_NAMED else []
+            if len(self.malformed) < MOST_NAMED:
+                named = {"name": row.name, "source_dataset": row.source_dataset, "found_in": found_in}
+                self.malformed.append(named | {"fault": row.fault})
             return
         counts = decode(row.counts, len(row.clipped_at))
         flat = (counts.T if counts.flags.f_contiguous else np.ascontiguousarray(counts)).reshape(-1)
-        sums.add(row, counts, flat)
-        digest = hashlib.sha256(flat).digest(), counts.shape
+        spikes = counts.sum(1, dtype=np.int64)
+        sums.add(row, flat, spikes)
+        # Not a hash of the bytes, which lie in another order in a store than in the file that it was made of.
+        digest = row.checksum, counts.shape, hashlib.sha256(spikes).digest()
         if digest in self._first:
             sums.twice += 1
-            self.twice += [[row.name, self._first[digest]]] if len(self.twice) < MOST_NAMED else []
-        self._first.setdefault(digest, row.name)
+            if len(self.twice) < MOST_NAMED:
+                name, place = self._first[digest]
+                self.twice.append({"name": row.name, "found_in": found_in, "first": name, "first_found_in": place})
+        self._first.setdefault(digest, (row.name, found_in))
         if source not in self.raster:
             middle = max(0, (row.t - SHOWN_BINS) // 2)
             stretch = counts[:SHOWN_NEURONS, middle : middle + SHOWN_BINS].copy()
@@ -71,13 +80,13 @@ class _Sums:
         self.seconds, self.neuron_seconds = 0.0, 0.0
         self.clipped = self.malformed = self.twice = 0
 
-    def add(self, row, counts, flat):
+    def add(self, row, flat, spikes):
         self.neurons[row.n] += 1
         self.bins += row.t
         self.width_s[row.bin_width_s] += 1
         for at in range(0, len(flat), FLAT_COUNTS):
             self.histogram += np.bincount(flat[at : at + FLAT_COUNTS], minlength=256)
-        means = counts.sum(1, dtype=np.int64) / row.t
+        means = spikes / row.t
         self.rates += np.histogram(np.maximum(means[means > 0], RATE_EDGES[0]), RATE_EDGES)[0]  # all that are not silent
         self.silent += int(np.count_nonzero(means == 0))
         self.seconds += row.t * (row.bin_width_s or 0)
@@ -105,7 +114,7 @@ class _Sums:
             "zeros": int(self.histogram[0]) / num_counts if num_counts else None,
             "spikes_per_bin": spikes / num_counts if num_counts else None,
             "spikes_per_s": spikes / self.neuron_seconds if is_timed else None,
-            "bits_per_count": float(-(share * np.log2(share)).sum()) if num_counts else None,
+            "bits_per_count": max(0.0, float(-(share * np.log2(share)).sum())) if num_counts else None,
             "silent_neurons": self.silent,
             "clipped": self.clipped,
             "malformed": self.malformed,
@@ -118,8 +127,10 @@ class _Sums:
 # ---- for the console ----
 
 
-def label(source: dict) -> str:
-    """Its name; without one, as in the tables of scores, and where it was found."""
+def label(source: dict, several: bool = False) -> str:
+    """Its name, behind where it was found if several were asked for; without one, as in the tables of scores."""
+    if several:
+        return f"{source['found_in']}: {source['source_dataset'] or '(no name)'}"
     return source["source_dataset"] or f"(no name) {source['found_in']}".rstrip()
 
 
@@ -127,7 +138,7 @@ def table(result: dict) -> list[str]:
     """A line for each source, and for all of them where there are several."""
     head = ["source_dataset", "rows", "counts", "neurons", "seconds", "bin, s", "p(0)", "rate", "bits/count"]
     head += ["clipped", "malformed", "twice"]
-    lines = [[label(source), *_cells(source)] for source in result["sources"]]
+    lines = [[label(source, _are_several(result)), *_cells(source)] for source in result["sources"]]
     if len(lines) > 1:
         lines.append(["all", *_cells(result["total"])])
     widths = [max(len(line[column]) for line in (head, *lines)) for column in range(len(head))]
@@ -146,7 +157,8 @@ def _cells(source):
         return otherwise if value is None else format(value, form)
 
     neurons = source["neurons"] or ["?"]
-    widths = source["bin_width_s"]
+    widths = [f"{width:g}" for width in source["bin_width_s"] if width is not None]
+    unknown = ["?"] if len(widths) < len(source["bin_width_s"]) or not widths else []
     rate = (
         shown(source["spikes_per_bin"], ".3f") + "/bin" if source["spikes_per_s"] is None else f"{source['spikes_per_s']:.2f}/s"
     )
@@ -155,7 +167,7 @@ def _cells(source):
         f"{source['counts']:,}",
         f"{neurons[0]}" if neurons[0] == neurons[-1] else f"{neurons[0]} to {neurons[-1]:,}",
         shown(source["seconds"], ",.0f"),
-        "?" if widths in ([], [None]) else f"{widths[0]:g}" if len(widths) == 1 else "several",
+        "several" if len(widths) > 1 else " and ".join(widths + unknown),
         shown(source["zeros"], ".4f"),
         rate if source["counts"] else "?",
         shown(source["bits_per_count"], ".3f"),
@@ -168,16 +180,26 @@ def findings(result: dict, most=10) -> list[str]:
     total, lines = result["total"], []
     splits = ", ".join(f"{name} {rows:,}" for name, rows in total["splits"].items())
     lines.append(f"splits: {splits}")
-    for label, number, named in (
-        ("malformed", total["malformed"], [f"{name or 'a row'}: {fault}" for name, _, fault in result["malformed"]]),
-        ("there twice", total["twice"], [f"{name} has the counts of {first}" for name, first in result["twice"]]),
-    ):
-        lines += [f"{label}: {line}" for line in named[:most]]
+
+    def named(name, found_in):
+        return (f"{found_in}: " if _are_several(result) else "") + (name or "a row")
+
+    malformed = [f"{named(row['name'], row['found_in'])}: {row['fault']}" for row in result["malformed"]]
+    twice = [
+        f"{named(row['name'], row['found_in'])} has the counts of {named(row['first'], row['first_found_in'])}"
+        for row in result["twice"]
+    ]
+    for what, number, some in (("malformed", total["malformed"], malformed), ("there twice", total["twice"], twice)):
+        lines += [f"{what}: {line}" for line in some[:most]]
         if number > most:
-            lines.append(f"{label}: ... and {number - most:,} more")
+            lines.append(f"{what}: ... and {number - most:,} more")
     if total["silent_neurons"]:
         lines.append(f"neurons without any spike in their row: {total['silent_neurons']:,}")
     return lines
+
+
+def _are_several(result: dict) -> bool:
+    return len({source["found_in"] for source in result["sources"]}) > 1
 
 
 # ---- the picture ----
@@ -191,13 +213,14 @@ def draw(result: dict, raster: dict, title: str) -> drawing.Figure:
     figure = drawing.Figure(WIDTH, TOP + len(shown) * (PANEL + BETWEEN), title)
     for number, source in enumerate(shown):
         top = TOP + number * (PANEL + BETWEEN)
-        _draw_raster(figure, top, source, *raster[source["source_dataset"], source["found_in"]])
+        where = f"{source['found_in']}: " if _are_several(result) else ""
+        _draw_raster(figure, top, source, where, *raster[source["source_dataset"], source["found_in"]])
         _draw_counts(figure, top, source)
         _draw_rates(figure, top, source)
     return figure
 
 
-def _draw_raster(figure, top, source, name, first, counts):
+def _draw_raster(figure, top, source, where, name, first, counts):
     n, bins = counts.shape
     width = source["bin_width_s"][0] if len(source["bin_width_s"]) == 1 else None
     scale = width or 1
@@ -206,7 +229,7 @@ def _draw_raster(figure, top, source, name, first, counts):
         (60, top, 640, top + PANEL),
         x=(first * scale, (first + bins) * scale),
         y=(n, 0),
-        title=_cut(f"{name or label(source)}{of}", 76),
+        title=_cut(f"{where}{name or label(source)}{of}", 76),
         x_label="seconds from the recording's start" if width else "bins",
         y_label="neuron",
     ).raster(counts)
@@ -219,7 +242,7 @@ def _draw_counts(figure, top, source):
     log_share = np.log10(np.where(histogram > 0, histogram, np.nan) / histogram.sum())
     lowest = np.floor(np.nanmin(log_share))
     axes = figure.axes(
-        (735, top, 955, top + PANEL),
+        (725, top, 940, top + PANEL),
         x=(-0.5, max(len(histogram), 4) - 0.5),
         y=(lowest - 0.3, 0.1),
         title=f"p(0) {source['zeros']:.3f}, {source['bits_per_count']:.3f} bits/count",
@@ -238,17 +261,16 @@ def _draw_rates(figure, top, source):
     used = np.flatnonzero(rates)
     low, high = (used[0], used[-1] + 1) if len(used) else (20, 30)
     low, high = max(0, low - 2), min(len(rates), high + 2)
-    powers = drawing.powers_of_ten(edges[low], edges[high])
     silent = source["silent_neurons"]
     figure.axes(
-        (1020, top, 1220, top + PANEL),
+        (1025, top, 1220, top + PANEL),
         x=(edges[low], edges[high]),
         y=(0, 1.05 * max(1, rates.max())),
-        x_ticks=powers[len(powers) % 2 :: 2] if len(powers) > 4 else powers,
+        x_ticks=drawing.log_ticks(edges[low], edges[high]),
         log_x=True,
-        title=f"{rates.sum() + silent:,} neurons of all rows" + (f", {silent:,} silent" if silent else ""),
+        title=f"{rates.sum() + silent:,} neurons" + (f", {silent:,} silent" if silent else ""),
         x_label="spikes/s" if width else "spikes a bin",
-        y_label="how many",
+        y_label="neurons of all rows",
     ).steps(edges[low : high + 1], rates[low:high], drawing.ORANGE)
 
 

@@ -6,7 +6,7 @@ from torchtitan_bio.science import drawing
 from torchtitan_bio.science.disclosure import public_text
 
 WIDTH = 1240  # of the picture
-LEFT, RIGHT, GAP, TOP = 66, 20, 34, 62
+LEFT, RIGHT, GAP, TOP = 82, 20, 34, 62
 ROW_PIXELS, LEAST_RASTER, MOST_RASTER, RATE = 14, 150, 520, 130
 BETWEEN = 36  # a raster and the rate below it
 NARROW = 180  # a panel without room for the name of its axis

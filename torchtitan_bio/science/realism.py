@@ -26,7 +26,7 @@ DISTRIBUTIONS = {"interval": "bins between spikes", "population": "spikes of all
 
 @dataclass(frozen=True)
 class Description:
-    """Of some windows. Where a neuron is silent or never changes, what is undefined is NaN."""
+    """Of some windows. Where a neuron is silent or never changes, or nothing has two spikes, what is undefined is NaN."""
 
     rate: np.ndarray
     fano: np.ndarray
@@ -65,7 +65,7 @@ def _ratio(above, below):
 
 
 def _shares(numbers):
-    return numbers / max(1, numbers.sum())
+    return numbers / total if (total := numbers.sum()) else np.full(len(numbers), np.nan)
 
 
 def _intervals(windows):
@@ -121,7 +121,8 @@ def difference(name: str, one: Description, other: Description) -> float | None:
     if name in DISTRIBUTIONS:
         both = np.zeros((2, max(len(one), len(other))))
         both[0, : len(one)], both[1, : len(other)] = one, other
-        return float(np.abs(both[0] - both[1]).sum() / 2)
+        apart = float(np.abs(both[0] - both[1]).sum() / 2)
+        return apart if np.isfinite(apart) else None
     apart = np.abs(one - other)
     apart = apart[np.isfinite(apart)]
     return float(apart.mean()) if len(apart) else None
@@ -135,7 +136,7 @@ def _mean_of(values) -> float | None:
 def _mean(name: str, of: Description) -> float | None:
     values = getattr(of, name)
     if name in DISTRIBUTIONS:
-        return float(np.arange(len(values)) @ values)
+        return float(np.arange(len(values)) @ values) if np.isfinite(values).all() else None
     values = values[np.isfinite(values)]
     return float(values.mean()) if len(values) else None
 
@@ -190,6 +191,9 @@ def _draw_scatter(figure, box, name, theirs, shown):
     other = getattr(theirs, name)
     pairs = [(label, color, other, getattr(of, name)) for label, color, of in shown]
     pairs = [(*named, x[both], y[both]) for *named, x, y in pairs for both in [np.isfinite(x) & np.isfinite(y)]]
+    if not any(len(x) for _, _, x, _ in pairs):
+        _draw_nothing(figure, box, f"{name}: {PER_NEURON[name]}", theirs, shown)
+        return
     span = drawing.limits(*(values for _, _, *both in pairs for values in both))
     axes = figure.axes(box, x=span, y=span, title=f"{name}: {PER_NEURON[name]}", x_label="data", y_label="samples")
     axes.line(span, span, drawing.GREY, width=1)
@@ -205,8 +209,21 @@ def _draw_shares(figure, box, name, theirs, shown):
     shares = [getattr(of, name) for _, _, of in curves]
     # Up to the value that one bin or interval in a thousand passes
     end = 1 + max(int((np.cumsum(each) < 0.999).sum()) for each in shares)
+    if not any(np.isfinite(each).all() for each in shares):
+        _draw_nothing(figure, box, f"{name}: {DISTRIBUTIONS[name]}", theirs, shown)
+        return
     x, y = (-0.5, end - 0.5), drawing.limits(*(each[:end] for each in shares), least=0)
     axes = figure.axes(box, x=x, y=y, title=f"{name}: {DISTRIBUTIONS[name]}", y_label="share")
     for (label, color, _), each in zip(curves, shares, strict=True):
+        label += "" if np.isfinite(each).all() else ": none"
         axes.steps(np.arange(end + 1) - 0.5, np.pad(each[:end], (0, max(0, end - len(each)))), color, label=label)
     axes.legend()
+
+
+def _draw_nothing(figure, box, title, theirs, shown):
+    """An empty frame that says why it is."""
+    silent = [where for where, of in (("data", theirs), ("samples", shown[-1][2])) if not of.rate.any()]
+    words = f"no spikes in the {' and the '.join(silent)}" if silent else "nowhere defined"
+    left, top, right, bottom = box
+    figure.axes(box, x=(0, 1), y=(0, 1), title=title, x_ticks=[], y_ticks=[])
+    figure.text(((left + right) / 2, (top + bottom) / 2), words, color=drawing.GREY, anchor="mm")

@@ -10,19 +10,20 @@ import os
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
 import torchtitan_bio
 from torchtitan_bio import command_line, config_loader, exits, metrics
-from torchtitan_bio.config import Config
-from torchtitan_bio.science import realism, report_scores
+from torchtitan_bio.config import Config, ConfigError
+from torchtitan_bio.data import sources
+from torchtitan_bio.science import realism, report_run, report_scores
 from torchtitan_bio.science import report_parts as parts
 from torchtitan_bio.science.disclosure import public_config
 from torchtitan_bio.science.evaluation import figure
-from torchtitan_bio.science.report_run import Run, read
+from torchtitan_bio.science.report_run import Run
 
 PICTURES_BYTES = 1_000_000  # on a page, before base64 makes them a third larger
 SAMPLES_SHOWN = 4
@@ -36,14 +37,34 @@ def write(folder, say=print):
 
 def write_page(folders, path: Path, say=print):
     """As a whole or not at all."""
-    text = page([read(Path(folder)) for folder in folders])
+    runs = [read(Path(folder)) for folder in folders]
+    text = page(runs)
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         new.write_text(text, encoding="utf-8")
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
+    for run in runs:
+        for line in run.notes:
+            say(f"report: {run.name}: {line}")
     say(f"report: {path}")
+
+
+def read(folder: Path) -> Run:
+    """A run without those of its records that this version cannot show: they are among its notes."""
+    run = report_run.read(folder)
+    for name, record, nothing, show in (
+        ("evaluation.json", "evaluation", None, report_scores.of_evaluations),
+        ("data.json", "data", {}, data),
+        ("generated.json", "generated", [], tables_of_realism),
+    ):
+        try:
+            show([(run.name, run)])
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            note = f"{name} is not of this version: {type(error).__name__}: {error}"
+            run = replace(run, **{record: nothing}, notes=[*run.notes, note])
+    return run
 
 
 def page(runs: list[Run]) -> str:
@@ -223,6 +244,10 @@ def activity(named):
     return parts.join(*content)
 
 
+def tables_of_realism(named):
+    return [of_realism(of.record.get("realism")) for _, run in named for of in run.generated]
+
+
 def of_realism(compared: dict | None):
     if not compared:
         return ""
@@ -365,8 +390,13 @@ def main():
     parser.add_argument("--out", help="the page (default: report.html in the run folder; of several runs comparison.html here)")
     flags = parser.parse_args()
     own = Path(flags.run[0]) / "report.html" if len(flags.run) == 1 else Path("comparison.html")
+    path = Path(flags.out) if flags.out else own
     with exits.blaming_the_input():
-        write_page(flags.run, Path(flags.out) if flags.out else own)
+        if path.is_dir():
+            raise ConfigError(f"--out={path} is a folder; name a file in it, such as {path / own.name}")
+        if flags.out or path.parent.is_dir():  # a run that is not there is told as such
+            sources.make_folder(path.parent)
+        write_page(flags.run, path)
 
 
 if __name__ == "__main__":

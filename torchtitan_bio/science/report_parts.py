@@ -50,6 +50,13 @@ ul.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1.3rem;
 ul.legend svg { display: inline-block; width: 30px; height: 10px; margin-right: .4rem; vertical-align: middle; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(21rem, 1fr)); gap: 0 1.6rem; }
 details { margin: .6rem 0; } summary { cursor: pointer; }
+@media (max-width: 36rem) {
+  .tall, .tall caption, .tall tbody, .tall tr { display: block; } .tall thead, .tall td:empty { display: none; }
+  .tall tr { border-bottom: 1px solid #bbb; padding: .3rem 0; }
+  .tall td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: 0; white-space: normal; }
+  .tall td[data-head]::before { content: attr(data-head); color: #595959; text-align: left; }
+  .tall td.w:first-child { font-weight: 600; } .tall td.w:first-child::before { content: none; }
+}
 @media print {
   body { font-size: 10pt; max-width: none; padding: 0; } nav { display: none; }
   figure, table, .card, .note { break-inside: avoid; } h2, h3 { break-after: avoid; }
@@ -89,18 +96,23 @@ def note(text, *, is_bad=False) -> Html:
 
 
 def table(head, rows, *, words=(0,), caption: str = "", own=()) -> Html:
-    """Columns of numbers, but for those numbered in `words`; rows numbered in `own` stand out. No rows, no table."""
+    """Columns of numbers, but for those numbered in `words`; rows numbered in `own` stand out. No rows, no table.
+
+    On a narrow screen a row is a block, its numbers one below the other beside the words of the head.
+    """
     if not rows:
         return Html("")
 
     def line(kind, cells):
-        return "".join(tag(kind, cell, class_="w" if place in words else "") for place, cell in enumerate(cells))
+        heads = head if kind == "td" and len(head) == len(cells) else [""] * len(cells)
+        return "".join(
+            tag(kind, cell, class_="w" if place in words else "", data_head=heads[place]) for place, cell in enumerate(cells)
+        )
 
     body = "".join(tag("tr", Html(line("td", row)), class_="own" if n in own else "") for n, row in enumerate(rows))
     named = tag("caption", caption) if caption else ""
-    return tag(
-        "div", tag("table", named, tag("thead", tag("tr", Html(line("th", head)))), tag("tbody", Html(body))), class_="scroll"
-    )
+    heading = tag("thead", tag("tr", Html(line("th", head))))
+    return tag("div", tag("table", named, heading, tag("tbody", Html(body)), class_="tall" if head else ""), class_="scroll")
 
 
 def cards(entries) -> Html:

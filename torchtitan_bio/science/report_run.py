@@ -95,7 +95,7 @@ def read(folder: Path) -> Run:
         skipped_rows={line["step"]: public(line.get("rows", [])) for line in by_kind["skip"]},
         validations=public(validations),
         exit=public(_json(folder / "exit.json", notes) or {}),
-        rungs=_rungs(_json(folder / "ladder.json", notes, "rungs"), validations[-1] if validations else None),
+        rungs=_rungs(_json(folder / "ladder.json", notes, "rungs"), validations[-1] if validations else None, notes),
         ideal=_ideal(config, validations[-1] if validations else None),
         model=_model(_json(newest / "model.json", notes)) if newest else None,
         data=public(_json(newest / "data.json", notes) or {}) if newest else {},
@@ -155,11 +155,15 @@ def _json(path: Path, notes: list[str], key: str | None = None) -> dict | None:
         return None
 
 
-def _rungs(ladder: dict | None, validation: dict | None) -> list[tuple[str, float]]:
+def _rungs(ladder: dict | None, validation: dict | None, notes: list[str]) -> list[tuple[str, float]]:
     """None of them, if they were scored on other data than the model."""
     if not ladder or not validation or resume.sha256(ladder.get("held_out")) != validation.get("held_out"):
         return []
-    return [(public_text(name), float(value)) for name, value in ladder["rungs"]]
+    try:
+        return [(public_text(name), float(value)) for name, value in ladder["rungs"]]
+    except (TypeError, ValueError):
+        notes.append("ladder.json is not of this version: its rungs are no list of names with numbers")
+        return []
 
 
 def _model(identity: dict | None) -> dict | None:

@@ -10,7 +10,7 @@ from torchtitan_bio.science.score_plots import LEAST_SHOWN
 
 COLUMNS, STRETCHES = 320, 80  # of a curve of every step: the band behind it, and the means that are drawn as a line
 SKIPS_SHOWN, GROUPS_SHOWN = 50, 40
-LEVELS_ROOM = 215  # beside a chart, for the names of baselines
+LEVELS_ROOM, A_LETTER = 215, 7.2  # beside a chart, for the names of baselines: usually, and more for longer ones
 UNIT = "bits/spike"
 ROUNDING = 5e-4
 
@@ -87,13 +87,14 @@ def _draw_scores(runs):
     shown = [value for curve in curves for _, value in curve] + list((levels | best).values()) + [0.0]
     # The scores of a model that has learnt little are shown all the same where there are no others.
     least = LEAST_SHOWN if any(value >= LEAST_SHOWN for curve in curves for _, value in curve) else -np.inf
+    room = max(LEVELS_ROOM, *(20 + A_LETTER * len(name) for name in (levels | best or [""])))
     chart = parts.Chart(
         x=(0, max(1, *(curve[-1][0] for curve in curves))),
         y=drawing.limits([value for value in shown if value >= least]),
         x_label="training step",
         y_label=UNIT,
         height=360,
-        **({"right": LEVELS_ROOM} if levels or best else {}),
+        **({"right": int(room), "width": parts.WIDE + int(room) - LEVELS_ROOM} if levels or best else {}),
     )
     for name, value in levels.items():
         if value >= least:
@@ -218,7 +219,8 @@ def _table_of_groups(caption: str, groups: dict, ladders: dict):
         values = [
             measured(of.get(key), errors.get(key)) for key in ("bits_per_spike", "bits_per_spike_hist", "bits_per_spike_rate")
         ]
-        best = max(ladders[name]["rungs"], key=lambda rung: rung["bits_per_spike"]) if name in ladders else None
+        is_same = name in ladders and not ladders[name].get("counts_left_out")  # baselines on all that the model is scored on
+        best = max(ladders[name]["rungs"], key=lambda rung: rung["bits_per_spike"]) if is_same else None
         words = f"{best['bits_per_spike']:.3f}, {best['name']}" if best else ""
         totals = [f"{of[key]:,}" if key in of else "" for key in ("spikes", "counts")]
         rows.append([name or "(no name)", *values, *([words] if ladders else []), *totals])
@@ -268,6 +270,8 @@ def _of_evaluation(name, evaluation):
             ]
             for rung in rungs
         ]
+        if ladders["all counts"].get("counts_left_out"):
+            rows.append([f"{name}, on the same recordings", measured(*ladders["all counts"]["model"].values()), ""])
         content.append(parts.table(["baseline", UNIT, f"{name} is above by"], rows))
     content.append(_table_of_forecast(name, last["forecast"]) if "forecast" in last else "")
     if ideal := last.get("ideal"):
@@ -283,6 +287,8 @@ def _of_evaluation(name, evaluation):
 def _table_of_forecast(name, found):
     """The whole horizon, the best on top."""
     rows = [(name, found["together"], None)]
+    if same := found.get("on_the_same_recordings"):
+        rows.append((f"{name}, on the same recordings", same["together"], None))
     rows += [(other, of["together"], of["model_ahead"]["together"]) for other, of in found.get("baselines", {}).items()]
     rows += [("ideal observer: the best possible", found["ideal"]["together"], None)] if "ideal" in found else []
     rows.sort(key=lambda row: -np.inf if row[1]["fp_bits_per_spike"] is None else -row[1]["fp_bits_per_spike"])
@@ -302,7 +308,8 @@ def _draw_forecast(known):
             ideal = found["ideal"]["fp_bits_per_spike"] if "ideal" in found else None
             curves.append((number, name, list(range(1, len(values) + 1)), values, errors, ideal))
     chart = _chart_of(curves, "bins ahead") if curves else None
-    return chart and chart.svg("forecast by horizon", "Forecast: the score of expected counts by how far ahead they lie.")
+    words = "Forecast: the score of expected counts by how far ahead they lie."
+    return chart and chart.svg("forecast by horizon", words + _not_shown(curves, chart))
 
 
 def _draw_context(known):
@@ -320,7 +327,7 @@ def _draw_context(known):
     label = f"bins from the window's start, the first being 1{unit}"
     chart = _chart_of(curves, label, log_x=True)
     words = "What context buys: the score by how much of the recording came before."
-    return chart and chart.svg("bits per spike by context", words)
+    return chart and chart.svg("bits per spike by context", words + _not_shown(curves, chart))
 
 
 def _draw_neurons(known):
@@ -330,7 +337,8 @@ def _draw_neurons(known):
         middle = [(a + b - 1) / 2 for a, b in zip(curve["from_neuron"], curve["to_neuron"], strict=True)]
         curves.append((number, name, middle, curve["bits_per_spike"], None, None))
     chart = _chart_of(curves, "neurons of the same bin seen before", lines=False)
-    return chart and chart.svg("bits per spike by neuron", "By the neuron's place in its bin; each place is another neuron.")
+    words = "By the neuron's place in its bin; each place is another neuron."
+    return chart and chart.svg("bits per spike by neuron", words + _not_shown(curves, chart))
 
 
 def _draw_checkpoints(known):
@@ -342,7 +350,20 @@ def _draw_checkpoints(known):
         if len(records) > 1:
             curves.append((number, name, [each["step"] for each in records], values, errors, None))
     chart = _chart_of(curves, "training step") if curves else None
-    return chart and chart.svg("bits per spike by checkpoint", "The checkpoints that were evaluated.")
+    words = "The checkpoints that were evaluated."
+    return chart and chart.svg("bits per spike by checkpoint", words + _not_shown(curves, chart))
+
+
+def _not_shown(curves, chart) -> str:
+    """What a caption must say of curves as _chart_of has them: of values below the frame, and of places that have none."""
+    values = [(name, *pair) for _, name, x, y, *_ in curves for pair in zip(x, y, strict=True)]
+    below = [f"{name} {value:.1f} at {x:,.4g}" for name, x, value in values if value is not None and value < chart.y[0]]
+    silent = [f"{name} at {x:,.4g}" for name, x, value in values if value is None]
+    return "".join(
+        f" {what}: {'; '.join(some[:6])}{f' and {len(some) - 6} more' if len(some) > 6 else ''}."
+        for what, some in (("Below the frame", below), ("Without a spike, and so without a score", silent))
+        if some
+    )
 
 
 def _chart_of(curves, x_label: str, *, log_x=False, lines=True):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from torchtitan_bio.data.selection import number_of
 from torchtitan_bio.science import rasters, sampling
 
 # At most. A token that is drawn costs a pass through the model, for which sharded weights are gathered once more.
@@ -36,7 +37,7 @@ class TrainingSamples:
         self.window_bins = 2 * context
         recording = held_out.counts(row)
         self.prompt, self.truth = recording[:, :context], recording[:, context : context + self.bins]
-        self.words = f"from the first {context:,} bins of {index.id[row]}"
+        self.words = f"from the first {number_of(context, 'bin')} of {index.id[row]}"
         kernel = sampling.choose_kernel(device, dtype, model.architecture.head_dim)
         self.sampler = sampling.Sampler(model=model, kernel=kernel, dtype=dtype, device=device)
 
