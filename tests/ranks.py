@@ -13,15 +13,31 @@ def _serve(rank, world_size, port, pipe):
     )
     import torch
     import torch.distributed as dist
+    from torch.distributed import device_mesh
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    # Each group polls in a thread of its own, and hundreds of them take the machine: equal meshes are one, others go.
+    meshes, init_device_mesh = {}, device_mesh.init_device_mesh
+
+    def mesh_once(device_type, shape, *, mesh_dim_names):
+        key = device_type, shape, mesh_dim_names
+        if key not in meshes:
+            meshes[key] = init_device_mesh(device_type, shape, mesh_dim_names=mesh_dim_names)
+        return meshes[key]
+
+    device_mesh.init_device_mesh = mesh_once  # before any module of ours is imported here
     while (job := pipe.recv()) is not None:
         function, args = job
         try:
             pipe.send((True, function(rank, *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+            continue  # and this process will soon be ended
+        dist.barrier()
+        kept = {dist.group.WORLD, *(group for mesh in meshes.values() for group in mesh.get_all_groups())}
+        for group in [each for each in dist.distributed_c10d._world.pg_map if each not in kept]:
+            dist.destroy_process_group(group)
     dist.destroy_process_group()
 
 
