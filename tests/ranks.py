@@ -20,10 +20,10 @@ def _serve(rank, world_size, port, pipe):
     # Each group polls in a thread of its own, and hundreds of them take the machine: equal meshes are one, others go.
     meshes, init_device_mesh = {}, device_mesh.init_device_mesh
 
-    def mesh_once(device_type, shape, *, mesh_dim_names):
-        key = device_type, shape, mesh_dim_names
+    def mesh_once(device_type, mesh_shape, *, mesh_dim_names=None):
+        key = device_type, mesh_shape, mesh_dim_names
         if key not in meshes:
-            meshes[key] = init_device_mesh(device_type, shape, mesh_dim_names=mesh_dim_names)
+            meshes[key] = init_device_mesh(device_type, mesh_shape, mesh_dim_names=mesh_dim_names)
         return meshes[key]
 
     device_mesh.init_device_mesh = mesh_once  # before any module of ours is imported here
