@@ -2,109 +2,18 @@
 
 import json
 import re
-import shutil
-import subprocess
 import time
-from dataclasses import asdict, replace
-from html.parser import HTMLParser
+from dataclasses import replace
 from math import log
-from pathlib import Path
 
 import numpy as np
 import pytest
+from report_folders import HELD_OUT, RUNGS, Reader, losses, read_page, start, train, validation, write_run
 
-from torchtitan_bio import config_loader, resume
-from torchtitan_bio.config import Config, ConfigError
+from torchtitan_bio import resume
+from torchtitan_bio.config import Config
 from torchtitan_bio.data import spikes
-from torchtitan_bio.science import disclosure, drawing, rasters, report, report_parts, ring_hmm_floor
-
-HELD_OUT = {"ids": "abc", "seq_len": 64}
-RUNGS = [["Poisson null (oracle)", 0.0], ["per-neuron histogram", 0.25], ["own-history n-gram", 0.9], ["pooled", -3.0]]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-def validation(step, bits_per_spike, **others):
-    scores = dict(nll=0.3, nll_all=0.28, nll_bos=0.001, leak=1e-5, bits_per_count=0.3 / log(2), bits_per_spike_hist=0.7)
-    scores |= dict(bits_per_spike_rate=0.8, null_nll=0.5, hist_nll=0.45, spikes=1234, counts=9876, tokens=9999, windows=12)
-    scores |= dict(subset="all", held_out=resume.sha256(HELD_OUT), seconds=2.0, headline="bits_per_spike")
-    return {"kind": "validation", "step": step, "bits_per_spike": bits_per_spike} | scores | others
-
-
-def train(step, loss, **others):
-    numbers = dict(
-        grad_norm=1.5, lr=1e-3, skipped=False, tokens=step * 100, tokens_per_s=5000.0, step_s=0.02, data_wait_s=0.002
-    )
-    return {"kind": "train", "step": step, "loss": loss} | numbers | dict(mfu=None, peak_memory_gib=1.25) | others
-
-
-def start(step, **others):
-    return {
-        "kind": "start",
-        "step": step,
-        "device": "CPU",
-        "ranks": 2,
-        "torch": "2.13.0",
-        "attention": {"name": "flash"},
-    } | others
-
-
-def losses(steps):
-    return 5 * np.exp(-np.arange(1, steps + 1) / steps * 4)
-
-
-def write_run(folder, lines=None, *, config=None, exit_json=None, ladder=True, steps=40):
-    folder.mkdir(parents=True)
-    config = config or Config(training=replace(Config().training, steps=steps))
-    (folder / "config.toml").write_text(config_loader.dump(config))
-    if lines is None:
-        lines = [start(0, attempt=1), validation(0, -60.0), *(train(step, loss) for step, loss in enumerate(losses(steps), 1))]
-        lines += [validation(steps, 1.2345)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "exit.json").write_text(json.dumps(exit_json or {"reason": "finished", "step": steps, "attempt": 1}))
-    if ladder:
-        (folder / "ladder.json").write_text(json.dumps({"held_out": HELD_OUT, "rungs": RUNGS, "left_out": {}}))
-    return folder
-
-
-class Reader(HTMLParser):
-    """Tables as rows of cells, words outside them, tags with their attributes."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tables, self.tags, self.words, self._cell = [], [], [], None
-        self.feed(html)
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self._cell = []
-
-    def handle_endtag(self, tag):
-        if tag in ("td", "th"):
-            self.tables[-1][-1].append(" ".join("".join(self._cell).split()))
-            self._cell = None
-
-    def handle_data(self, data):
-        self.words.append(data)
-        if self._cell is not None:
-            self._cell.append(data)
-
-    def row(self, label):
-        (found,) = [row for table in self.tables for row in table if row and row[0] == label]
-        return found[1:]
-
-    def of(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
-
-
-def read_page(*folders):
-    html = report.page([report.read(folder) for folder in folders])
-    return html, Reader(html)
+from torchtitan_bio.science import disclosure, rasters, report, report_parts, ring_hmm_floor
 
 
 def test_the_numbers_on_the_page_are_those_of_the_folder(tmp_path):
@@ -410,110 +319,3 @@ def test_the_floor_of_a_ring_hmm_is_that_of_just_the_windows_scored(tmp_path):
     for change in ({"held_out": "other"}, {"counts": counts - 1}, {"windows": 19}):
         lines = [start(0), train(1, 1.0), validation(1, 0.2, **scored | change)]
         assert report.read(write_run(tmp_path / str(change), lines, config=config)).ideal is None
-
-
-def a_picture(path):
-    path.parent.mkdir(exist_ok=True)
-    drawing.Figure(60, 40, "x").save(path)
-
-
-def whole_run(folder):
-    """With something in every section."""
-    write_run(folder)
-    for step in (10, 20, 30, 40, 50):
-        a_picture(folder / "samples" / f"step-{step:08}.png")
-    for name in ("raster.png", "realism.png"):
-        a_picture(folder / "made" / name)
-    realism = {"rate": {"samples": 0.5, "data": 0.25, "difference": 0.125, "floor": None}}
-    (folder / "made" / "generated.json").write_text(json.dumps({"prompt": "words", "realism": realism}))
-    return folder
-
-
-def test_pictures_stand_in_the_page_itself_the_last_sample_among_them(tmp_path):
-    html, page = read_page(whole_run(tmp_path / "run"))
-    pictures = page.of("img")
-    assert [each["alt"] for each in pictures] == [
-        *(f"rasters at step {step}" for step in (10, 20, 30, 50)),
-        *("raster", "realism"),
-    ]
-    assert page.row("rate") == ["0.500", "0.250", "0.125", "-", "spikes a bin"]
-
-
-def test_nothing_on_the_page_points_out_of_it(tmp_path):
-    html, page = read_page(whole_run(tmp_path / "run"))
-    pointers = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href", "srcset")]
-    assert len(pointers) >= 10 and all(value.startswith(("data:", "#")) for value in pointers)
-    assert not re.search(r"https?:|url\(|@import|<script|javascript:|\son\w+=", html)
-    anchors = {value[1:] for value in pointers if value.startswith("#")}
-    assert anchors == {attributes["id"] for attributes in page.of("h2")}
-
-
-def browse(page: Path, folder: Path):
-    """(what the console said, the addresses that the page asked for, pixels)."""
-    from PIL import Image
-
-    picture, requests = folder / "picture.png", folder / "net.json"
-    flags = (
-        "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
-    )
-    answer = subprocess.run(
-        [CHROMIUM, *flags.split(), "--disable-sync", "--window-size=1000,1400", f"--user-data-dir={folder / 'profile'}"]
-        + ["--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--v=0", f"--log-net-log={requests}"]
-        + [f"--screenshot={picture}", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert picture.exists(), answer.stderr
-    events = [event.get("params", {}) for event in json.loads(requests.read_text())["events"]]
-    # What a browser asks for on its own account, such as the time, has no page as its origin.
-    asked = {each["url"] for each in events if "url" in each and each.get("initiator", "not an origin") != "not an origin"}
-    console = [line for line in answer.stderr.splitlines() if ":CONSOLE" in line]
-    return console, asked, np.asarray(Image.open(picture).convert("RGB"))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no browser: none of chromium, chromium-browser, google-chrome is on the PATH")
-def test_a_real_browser_shows_the_page_without_a_complaint_or_a_request(tmp_path):
-    report.write_page([whole_run(tmp_path / "run"), write_run(tmp_path / "two")], tmp_path / "page.html", say=lambda line: None)
-    console, asked, pixels = browse(tmp_path / "page.html", tmp_path)
-    assert (console, asked) == ([], set())
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50 and (pixels == 255).all(2).mean() > 0.5
-    # Looked at in the same way, a page that does both is found out.
-    bad = '<img src="http://page-asks.example/x.png"><script>console.error("page complains")</script>'
-    (tmp_path / "bad.html").write_text(bad)
-    console, asked, _ = browse(tmp_path / "bad.html", tmp_path)
-    assert any("page complains" in line for line in console) and asked == {"http://page-asks.example/x.png"}
-
-
-def test_as_a_command_it_writes_the_page_or_says_what_is_no_run(tmp_path, monkeypatch, capsys):
-    folder = write_run(tmp_path / "run")
-    monkeypatch.chdir(tmp_path)
-    for arguments, written in (
-        ([str(folder)], folder / "report.html"),
-        ([str(folder), str(folder)], tmp_path / "comparison.html"),
-        ([str(folder), "--out", "x.html"], tmp_path / "x.html"),
-    ):
-        monkeypatch.setattr("sys.argv", ["report", *arguments])
-        report.main()
-        assert written.read_text().startswith("<!doctype html>")
-    assert f"report: {folder / 'report.html'}" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "nothing")])
-    with pytest.raises(ValueError, match="no run folder.*metrics.jsonl"):
-        report.main()
-    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(report, "page", None)  # refused before any work
-    for out, complaint in (("file/x.html", "file cannot be written: .*Name another"), (tmp_path, "is a folder; name a file")):
-        monkeypatch.setattr("sys.argv", ["report", str(folder), "--out", str(out)])
-        with pytest.raises(ConfigError, match=complaint):
-            report.main()
-
-
-def test_the_defaults_that_settings_are_compared_with_are_those_of_config_py(tmp_path):
-    _, page = read_page(write_run(tmp_path / "run", config=Config()))
-    head = next(table for table in page.tables if table and table[0] == ["", "run"] and len(table) > 40)
-    assert {row[0] for row in head[1:]} == {
-        f"{section}.{key}" for section, keys in asdict(Config()).items() for key in keys if section != "job"
-    } - {"data.index_folder"}
-    assert not any(row[-1:] == ["default"] and len(table) > 1 for table in page.tables for row in table[:1])
