@@ -83,8 +83,9 @@ def test_splits_are_found_in_the_names_of_files_and_folders(tmp_path):
 
 def test_local_files_need_no_package_of_hugging_face(tmp_path, monkeypatch):
     pq.write_table(table(recordings(3)), tmp_path / "x.parquet")
-    for package in ("datasets", "torchdata", "huggingface_hub"):
-        monkeypatch.setitem(sys.modules, package, None)  # importing it now raises
+    packages = {"datasets", "torchdata", "huggingface_hub"}
+    for module in packages | {name for name in sys.modules if name.partition(".")[0] in packages}:
+        monkeypatch.setitem(sys.modules, module, None)  # importing it now raises
     for source in (tmp_path / "x.parquet", "embedded:a2929", "ring-hmm:rows=4"):
         assert build(source).sample(3).tokens.shape == (33,)
     with pytest.raises(ValueError, match="needs `pip install datasets`"):
